@@ -1,0 +1,43 @@
+"""How the user's mistakes and ours are told apart, for every command line.
+
+An :class:`InputError` is the user's to mend: one line on standard error, exit code 2. Ctrl-C is 130. Anything else is our
+fault: a traceback and exit code 1.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+from collections.abc import Callable
+
+
+class InputError(Exception):
+    """The input is wrong. The message says what, where (file and place) and how to mend it; it may carry a block to paste."""
+
+
+def exit_code(main: Callable[[], object]) -> int:
+    """Run `main` and turn how it ends into an exit code: 0 done, 2 wrong input, 130 Ctrl-C, 1 our fault."""
+    try:
+        main()
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing unfinished was kept as finished; run the same command again", file=sys.stderr)
+        return 130
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            print(f"error: the disk is full while writing {e.filename or 'a file'}: free some space and run again", file=sys.stderr)
+            return 2
+        if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and e.filename:
+            print(f"error: no permission for {e.filename}: choose another folder or change its rights", file=sys.stderr)
+            return 2
+        traceback.print_exc()
+        return 1
+    except SystemExit as e:
+        return e.code if isinstance(e.code, int) else int(e.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0

@@ -1,0 +1,1 @@
+"""Features, models, training and inference: pure numerics, without NautilusTrader."""

@@ -1,0 +1,1 @@
+"""The ensemble as NautilusTrader actors and a strategy, and the runners around them."""
