@@ -5,6 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Compilation makes first examples slow, and time tells nothing about being right.
+settings.register_profile("cift", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("cift")
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 

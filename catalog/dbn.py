@@ -1,0 +1,433 @@
+"""Databento's DBN files (versions 1, 2, 3; plain or zstd) as EVENT blocks, in bounded memory.
+
+:class:`Dbn` is one file: its metadata, its symbols, its records; :func:`stream` gives the events of an MBO file. A file that is cut short,
+damaged or no DBN is refused by an InputError that names the record or the byte.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any, Final
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from catalog.definitions import UNDEFINED_PRICE, UNDEFINED_TIME, Definition, beside, definition, inferred, tick_of
+from catalog.errors import InputError
+from catalog.events import EVENT, SCALE, Instrument, canonical, decimals
+
+Array = NDArray[Any]
+CHUNK: Final = 1 << 16  # bytes of the file read at a time
+PIECE: Final = 1 << 21  # bytes handed on at a time, once unpacked: about 37,000 records
+MBO_TYPE, MAPPING_TYPE, DEFINITION_TYPE = 0xA0, 0x16, 0x13
+_TYPES: Final = (0, 1, 10, 0x11, 0x12, 0x13, 0x14, 0x15, 0x16, 0x17, 0x18, *range(0x20, 0x25), 0xA0, 0xB1, 0xC0, 0xC1, 0xC2, 0xC3, 0xC4)
+
+MBO: Final = np.dtype(
+    [
+        ("length", "u1"),
+        ("rtype", "u1"),
+        ("publisher_id", "<u2"),
+        ("instrument_id", "<u4"),
+        ("ts_event", "<u8"),
+        ("order_id", "<u8"),
+        ("price", "<i8"),
+        ("size", "<u4"),
+        ("flags", "u1"),
+        ("channel_id", "u1"),
+        ("action", "u1"),
+        ("side", "u1"),
+        ("ts_recv", "<u8"),
+        ("ts_in_delta", "<i4"),
+        ("sequence", "<u4"),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """From `start` to `end` (ns UTC, half open) the venue's instrument id `number` meant `symbol`."""
+
+    number: int
+    symbol: str
+    start: int = -(2**63)
+    end: int = 2**63 - 1
+
+
+# --- bytes ----------------------------------------------------------------------------------------------------------------------------
+
+
+def _unzipped(file: IO[bytes], path: Path) -> Iterator[tuple[bytes, int]]:
+    """(bytes, compressed bytes that they took), all frames, with the proof that the last one is complete."""
+    import zstandard
+
+    frame, taken = None, 0
+    while data := file.read(CHUNK):
+        size = len(data)
+        while data:
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
+            try:
+                out = frame.decompress(data)
+            except (zstandard.ZstdError, MemoryError) as e:
+                raise InputError(f"{path} is damaged near byte {taken:,} ({e}): download it again") from None
+            data = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+            yield out, 0
+        taken += size
+        yield b"", size
+    if frame is not None:
+        raise InputError(f"{path} is cut short: its zstd frame does not end at byte {taken:,}: download it again")
+
+
+def _plain(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
+    while data := file.read(PIECE):
+        yield data, len(data)
+
+
+@numba.njit(cache=True)
+def _walk(data: Array, kind: Any, size: Any, known: Array, at: Array, others: Array) -> tuple[Any, Any, Any, Any, bool]:
+    """Offsets of the records of type `kind` into `at`, of symbol mappings into `others`. Returns (kept, mappings, records, end, ok)."""
+    n = m = records = 0
+    pos: Any = 0
+    while pos + 2 <= data.shape[0]:
+        length = np.int64(data[pos]) * 4
+        rtype = data[pos + 1]
+        if length < 16 or not known[rtype] or (rtype == kind and length != size):
+            return n, m, records, pos, False
+        if pos + length > data.shape[0]:
+            break
+        if rtype == kind:
+            at[n] = pos
+            n += 1
+        elif rtype == 0x16:
+            others[m] = pos
+            m += 1
+        records += 1
+        pos += length
+    return n, m, records, pos, True
+
+
+# --- one file -------------------------------------------------------------------------------------------------------------------------
+
+
+class Dbn:
+    """One DBN file. `schema` is "mbo", "definition", ... or None for a mixed file; `spans` the symbols of its metadata."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.read = 0  # bytes of the file taken so far
+        try:
+            self.size = path.stat().st_size
+            with path.open("rb") as file:
+                head = file.read(4)
+        except OSError as e:
+            raise InputError(f"cannot read {path}: {(e.strerror or str(e)).lower()}") from None
+        if not self.size:
+            raise InputError(f"{path} is empty: download it again")
+        self._zipped = head[1:] == b"\xb5\x2f\xfd" or head[1:] == b"\x2a\x4d\x18"
+        if not self._zipped and head[:3] != b"DBN":
+            raise InputError(f"{path} is no DBN file (it begins with {head!r}): ask Databento for encoding dbn, not csv or json")
+        self.metadata, self._skip = self._header()
+        m = self.metadata
+        self.schema: str | None = None if m.schema is None else str(m.schema)
+        self.dataset = str(m.dataset)
+        self.spans = self._spans()
+
+    def _bytes(self) -> Iterator[bytes]:
+        self.read = 0
+        with self.path.open("rb") as file:
+            for data, taken in _unzipped(file, self.path) if self._zipped else _plain(file):
+                self.read += taken
+                for at in range(0, len(data), PIECE):
+                    yield data[at : at + PIECE]
+
+    def _header(self) -> tuple[Any, int]:
+        databento_dbn = importlib.import_module("databento_dbn")  # its stubs take an enum for an int
+
+        data = b""
+        for part in self._bytes():
+            data += part
+            if len(data) >= 8:
+                if data[:3] != b"DBN":
+                    raise InputError(f"{self.path} is compressed, but holds no DBN: ask Databento for encoding dbn")
+                if not 1 <= data[3] <= 3:
+                    raise InputError(f"{self.path} is DBN version {data[3]}; versions 1, 2 and 3 are read: convert the file")
+                size = 8 + int.from_bytes(data[4:8], "little")
+                if len(data) >= size:
+                    try:
+                        return databento_dbn.Metadata.decode(data[:size], databento_dbn.VersionUpgradePolicy.AS_IS), size
+                    except BaseException as e:
+                        if isinstance(e, (KeyboardInterrupt, SystemExit)):
+                            raise
+                        raise InputError(f"{self.path} has damaged metadata ({str(e)[:120]}): download it again") from None
+        raise InputError(f"{self.path} is cut short within its metadata, at byte {len(data):,}: download it again")
+
+    def _spans(self) -> list[Span]:
+        spans = []
+        try:
+            for symbol, intervals in self.metadata.mappings.items():
+                for i in intervals:
+                    if i["symbol"]:
+                        start, end = (int(np.datetime64(i[k], "ns").astype(np.int64)) for k in ("start_date", "end_date"))
+                        spans.append(Span(int(i["symbol"]), symbol, start, end))
+        except (ValueError, KeyError, TypeError, OverflowError) as e:
+            if str(self.metadata.stype_out) != "instrument_id":
+                raise InputError(f"{self.path} maps to {self.metadata.stype_out}: ask Databento for stype_out instrument_id") from None
+            raise InputError(f"{self.path} has a damaged symbol table ({str(e)[:120]}): download it again") from None
+        return spans
+
+    @property
+    def raw_symbols(self) -> bool:
+        """Whether the metadata's symbols are the venue's own (and not numbers, roots or continuous contracts)."""
+        return str(self.metadata.stype_in) == "raw_symbol"
+
+    def records(self, kind: int = MBO_TYPE, size: int = MBO.itemsize) -> Iterator[tuple[int, Array, list[Span]]]:
+        """(number of its first record, records of type `kind` as bytes (n, size), symbol mappings met before them), piece by piece.
+
+        Records of other types are passed over. Raises InputError for a record that is none and for a file that ends within one.
+        """
+        size += 8 * bool(self.metadata.ts_out)
+        known = np.zeros(256, np.bool_)
+        known[list(_TYPES)] = True
+        left, number, skip = b"", 0, self._skip
+        for part in self._bytes():
+            if skip:
+                part, skip = part[skip:], max(0, skip - len(part))
+            data = np.frombuffer(left + part if left else part, np.uint8)
+            if not len(data):
+                continue
+            at, others = np.empty(len(data) // 16 + 1, np.int64), np.empty(len(data) // 16 + 1, np.int64)
+            n, m, count, end, ok = _walk(data, kind, size, known, at, others)
+            if not ok:
+                raise InputError(f"{self.path} is damaged at record {number + count:,}: download it again")
+            if n or m:
+                whole = n and at[n - 1] - at[0] == (n - 1) * size
+                rows = data[at[0] :][: n * size].reshape(n, size) if whole else data[at[:n, None] + np.arange(size)]
+                yield number, rows, [s for o in others[:m] if (s := _mapping(data[o:].tobytes())) is not None]
+            number, left = number + count, data[end:].tobytes()
+        if left:
+            raise InputError(f"{self.path} is cut short within record {number:,}: download it again")
+        if not number:
+            raise InputError(f"{self.path} holds no records: choose a longer range")
+
+
+def _mapping(record: bytes) -> Span | None:
+    """A SymbolMappingMsg of DBN 1 (80 bytes) or of 2 and 3 (176 bytes)."""
+    length = record[0] * 4
+    number = int.from_bytes(record[4:8], "little")
+    name = record[38:60] if length == 80 else record[89:160] if length == 176 else b""
+    symbol = name.split(b"\0")[0].decode("ascii", "replace")
+    return Span(number, symbol) if symbol else None
+
+
+# --- MBO to EVENT ---------------------------------------------------------------------------------------------------------------------
+
+
+@numba.njit(cache=True)
+def _convert(records: Array, numbers: Array, starts: Array, ends: Array, indices: Array, out: Array, where: Array) -> tuple[Any, Any, Any]:
+    """MBO records -> EVENT rows; `where` gets the row of each. Records of an index -2 are passed over.
+
+    Returns (rows, -1, 0) or (rows, record, why): 1 unknown action, 2 unknown side, 3 no time, 4 instrument id without an index.
+    """
+    n = 0
+    last: Any = -1
+    last_number: Any = -1
+    none = np.uint64(UNDEFINED_TIME)
+    limit = np.uint64(UNDEFINED_PRICE)
+    for i in range(records.shape[0]):
+        r = records[i]
+        action = r["action"]
+        if action == 70 or action == 78:  # F and N change nothing
+            continue
+        if not (action == 65 or action == 67 or action == 77 or action == 84 or action == 82):
+            return n, i, 1
+        side = r["side"]
+        if not (side == 66 or side == 65 or side == 78):
+            return n, i, 2
+        recv, event = r["ts_recv"], r["ts_event"]
+        if recv == none:
+            recv = event
+        if event == none:
+            event = recv
+        if recv > limit or event > limit:
+            return n, i, 3
+        number = np.int64(r["instrument_id"])
+        if number != last_number or last < 0 or np.int64(recv) >= ends[last] or np.int64(recv) < starts[last]:
+            last_number = number
+            last = np.searchsorted(numbers, number)
+            if last == numbers.shape[0] or numbers[last] != number:
+                return n, i, 4
+            while last + 1 < numbers.shape[0] and numbers[last + 1] == number and np.int64(recv) >= ends[last]:
+                last += 1
+        index = indices[last]
+        if index == -2:
+            continue
+        if index < 0:
+            return n, i, 4
+        e = out[n]
+        e["ts_event"] = event
+        e["ts_init"] = recv
+        e["price"] = 0 if action == 82 else r["price"]
+        e["size"] = np.int64(r["size"]) * SCALE
+        e["order_id"] = r["order_id"]
+        e["sequence"] = r["sequence"]
+        e["action"] = action
+        e["side"] = 1 if side == 66 else (-1 if side == 65 else 0)
+        e["flags"] = r["flags"]
+        e["instrument"] = index
+        where[n] = i
+        n += 1
+    return n, -1, 0
+
+
+_WHY: Final = {1: "has no known action", 2: "has no known side", 3: "has no time"}
+
+
+class Numbers:
+    """What the venue's instrument ids mean, at which time; extended while a file is read."""
+
+    def __init__(self, spans: list[Span]) -> None:
+        self._spans = list(spans)
+        self._index: dict[str, int] = {}
+        self._arrays: tuple[Array, Array, Array, Array] | None = None
+
+    def learn(self, spans: list[Span]) -> None:
+        """Mappings found within the stream hold from there on."""
+        for s in spans:
+            if s not in self._spans:
+                self._spans = [o for o in self._spans if o.number != s.number] + [s]
+                self._arrays = None
+
+    def symbols(self, number: int) -> list[str]:
+        """The symbols of an instrument id; its own digits where it has none."""
+        found = sorted({s.symbol for s in self._spans if s.number == number})
+        if not found:
+            self.learn([Span(number, str(number))])
+        return found or [str(number)]
+
+    def assign(self, symbol: str, index: int) -> None:
+        """`index` into the instrument table for `symbol`; -2: pass its records over."""
+        self._index[symbol] = index
+        self._arrays = None
+
+    def arrays(self) -> tuple[Array, Array, Array, Array]:
+        """(ids, starts, ends, indices), sorted; -1 where no index was assigned."""
+        if self._arrays is None:
+            spans = sorted(self._spans, key=lambda s: (s.number, s.start))
+            columns = zip(*((s.number, s.start, s.end, self._index.get(s.symbol, -1)) for s in spans)) if spans else ([],) * 4
+            numbers, starts, ends, indices = (np.array(c, np.int64) for c in columns)
+            self._arrays = numbers, starts, ends, indices
+        return self._arrays
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """EVENT rows in file order, and the number of the record that each came from."""
+
+    events: Array
+    records: Array
+
+
+class Events:
+    """The events of one MBO file, block by block. `resolve(symbol, rows) -> index` names the instrument of a symbol met for the first
+    time (`rows`: its MBO records so far): an index into the caller's table, or -2 to pass it over."""
+
+    def __init__(self, file: Dbn, resolve: Callable[[str, int, Array], int]) -> None:
+        self.file, self._resolve, self._numbers = file, resolve, Numbers(file.spans)
+
+    def __iter__(self) -> Iterator[Block]:
+        for first, data, spans in self.file.records():
+            if spans:
+                self._numbers.learn(spans)
+            raw = np.ascontiguousarray(data[:, : MBO.itemsize]).view(MBO)[:, 0]
+            if not len(raw):
+                continue
+            out, where = np.empty(len(raw), EVENT), np.empty(len(raw), np.int64)
+            while True:
+                n, bad, why = _convert(raw, *self._numbers.arrays(), out, where)
+                if bad < 0:
+                    break
+                if why != 4:
+                    raise InputError(f"{self.file.path} is damaged at record {first + bad:,}: it {_WHY[why]}; download it again")
+                number = int(raw[bad]["instrument_id"])
+                for symbol in self._numbers.symbols(number):
+                    self._numbers.assign(symbol, self._resolve(symbol, number, raw))
+            yield Block(out[:n], first + where[:n])
+
+
+# --- whole files ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_definitions(path: Path) -> list[Definition]:
+    """The instruments of one definition file, the newest record of each. Spreads and options are passed over."""
+    databento_dbn = importlib.import_module("databento_dbn")
+    file = Dbn(path)
+    if file.schema != "definition":
+        raise InputError(f"{path} holds {file.schema}, not definitions")
+    decoder = databento_dbn.DBNDecoder(upgrade_policy=databento_dbn.VersionUpgradePolicy.UPGRADE_TO_V3)
+    found: dict[str, Definition] = {}
+    try:
+        for part in file._bytes():
+            for record in decoder.write_and_decode(part):
+                if isinstance(record, databento_dbn.InstrumentDefMsg) and (d := definition(record, file.dataset)) is not None:
+                    found[d.symbol] = d
+    except (InputError, KeyboardInterrupt):
+        raise
+    except BaseException as e:
+        raise InputError(f"{path} is damaged ({str(e)[:120]}): download it again") from None
+    if decoder.buffer():
+        raise InputError(f"{path} is cut short: download it again")
+    return list(found.values())
+
+
+def stream(path: Path, symbol: str | None = None, described: Sequence[Instrument] = ()) -> tuple[list[Instrument], Iterator[Block]]:
+    """The events of an MBO file in file order, beside the instrument table, which grows as instruments are met.
+
+    Instruments come from `described`, from the definition file beside `path`, or are guessed from the records at hand.
+    """
+    file = Dbn(path)
+    if file.schema not in (None, "mbo"):
+        raise refused(file)
+    near = beside(path)
+    known = {d.symbol: d.instrument for d in (read_definitions(near) if near else [])}
+    known |= {i.id.rsplit(".", 1)[0]: i for i in described}
+    table: list[Instrument] = []
+    seen: list[str] = []
+
+    def resolve(name: str, number: int, raw: Array) -> int:
+        seen.append(name)
+        found = known.get(name) or inferred(name, raw[raw["instrument_id"] == number], file.dataset)
+        if symbol is not None and symbol not in (name, found.id):
+            return -2
+        table.append(found)
+        return len(table) - 1
+
+    def blocks() -> Iterator[Block]:
+        rows = 0
+        for block in Events(file, resolve):
+            rows += len(block.events)
+            yield block
+        if not rows:
+            names = ", ".join(sorted(seen)[:12])
+            raise InputError(f"{path} has no events of {symbol}; it holds {names}" if symbol and seen else f"{path} holds no MBO records")
+
+    return table, blocks()
+
+
+def read_all(path: Path, symbol: str | None) -> tuple[Array, list[Instrument]]:
+    """See :func:`catalog.events.read_dbn`."""
+    table, blocks = stream(path, symbol)
+    events = np.concatenate([b.events for b in blocks])
+    for i, instrument in enumerate(table):
+        if not instrument.currency:
+            tick = tick_of(events["price"][(events["instrument"] == i) & (events["action"] != ord("R"))])
+            table[i] = replace(instrument, tick=tick, price_precision=decimals(tick))
+    return canonical(events), table
+
+
+def refused(file: Dbn) -> InputError:
+    """The error for a schema that is not read."""
+    return InputError(f"{file.path} holds {file.schema}, which is not read: ask Databento for schema mbo (and definition)")
