@@ -141,7 +141,7 @@ def _insert(s: Array, k: Any, p: Any, i: Any, key: Any, size: Any, count: Any) -
             i -= 1
             for j in range(p + 3 * free, p + 3 * i):
                 s[j] = s[j + 3]
-        elif free == n and n - i >= REACH and n + SPARE <= s[CAP] and key + SPARE <= s[p + 3 * i]:
+        elif free == n and n - i >= REACH and n + SPARE <= s[CAP] and key < 1 << 62 and key + SPARE <= s[p + 3 * i]:
             for j in range(p + 3 * n - 1, p + 3 * i - 1, -1):
                 s[j + 3 * SPARE] = s[j]
             for j in range(1, SPARE):

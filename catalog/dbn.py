@@ -1,6 +1,7 @@
 """Databento's DBN files (versions 1, 2, 3; plain or zstd) as EVENT blocks, in bounded memory.
 
-:class:`Dbn` is one file: its metadata, its symbols, its records; :func:`stream` gives the events of an MBO file. A file that is cut short,
+:class:`Dbn` is one file: its metadata, its symbols, its records; :func:`stream` gives its events, of orders (mbo) or of what
+:mod:`catalog.levels` reads. A file that is cut short,
 damaged or no DBN is refused by an InputError that names the record or the byte.
 """
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from catalog.definitions import UNDEFINED_PRICE, UNDEFINED_TIME, Definition, beside, definition, inferred, tick_of
 from catalog.errors import InputError
 from catalog.events import EVENT, SCALE, Instrument, canonical, decimals
+from catalog.levels import LAYOUTS, STATE, Layout, convert, parts, room, unassigned
 
 Array = NDArray[Any]
 CHUNK: Final = 1 << 16  # bytes of the file read at a time
@@ -184,6 +186,10 @@ class Dbn:
         """Whether the metadata's symbols are the venue's own (and not numbers, roots or continuous contracts)."""
         return str(self.metadata.stype_in) == "raw_symbol"
 
+    def blocks(self, resolve: Callable[[str, int, Array], int]) -> Iterator[Block]:
+        """Its events (see :class:`Events`)."""
+        return iter(Events(self, resolve))
+
     def records(self, kind: int = MBO_TYPE, size: int = MBO.itemsize) -> Iterator[tuple[int, Array, list[Span]]]:
         """(number of its first record, records of type `kind` as bytes (n, size), symbol mappings met before them), piece by piece.
 
@@ -283,6 +289,7 @@ def _convert(records: Array, numbers: Array, starts: Array, ends: Array, indices
     return n, -1, 0
 
 
+SCHEMAS: Final = ("mbo", *LAYOUTS)
 _WHY: Final = {1: "has no known action", 2: "has no known side", 3: "has no time"}
 
 
@@ -308,6 +315,10 @@ class Numbers:
             self.learn([Span(number, str(number))])
         return found or [str(number)]
 
+    def at(self, number: int, ts: int) -> list[str]:
+        """The symbol of an instrument id at a time."""
+        return sorted({s.symbol for s in self._spans if s.number == number and s.start <= ts < s.end}) or self.symbols(number)
+
     def assign(self, symbol: str, index: int) -> None:
         """`index` into the instrument table for `symbol`; -2: pass its records over."""
         self._index[symbol] = index
@@ -332,13 +343,31 @@ class Block:
 
 
 class Events:
-    """The events of one MBO file, block by block. `resolve(symbol, rows) -> index` names the instrument of a symbol met for the first
-    time (`rows`: its MBO records so far): an index into the caller's table, or -2 to pass it over."""
+    """The events of one file of a schema that is read (:data:`SCHEMAS`), block by block. `resolve(symbol, number, rows) -> index` names the
+    instrument of a symbol met for the first time (`rows`: records at hand): an index into the caller's table, or -2 to pass it over.
+
+    Raises InputError for a file of a schema that is not read.
+    """
 
     def __init__(self, file: Dbn, resolve: Callable[[str, int, Array], int]) -> None:
         self.file, self._resolve, self._numbers = file, resolve, Numbers(file.spans)
+        self.schema = file.schema or _first_schema(file)
+        if self.schema not in SCHEMAS:
+            raise refused(file)
 
     def __iter__(self) -> Iterator[Block]:
+        layout = LAYOUTS.get(self.schema)
+        return self._orders() if layout is None else self._levels(layout)
+
+    def _name(self, raw: Array, record: int) -> None:
+        number = int(raw[record]["instrument_id"])
+        for symbol in self._numbers.symbols(number):
+            self._numbers.assign(symbol, self._resolve(symbol, number, raw))
+
+    def _damaged(self, record: int, why: int) -> InputError:
+        return InputError(f"{self.file.path} is damaged at record {record:,}: it {_WHY[why]}; download it again")
+
+    def _orders(self) -> Iterator[Block]:
         for first, data, spans in self.file.records():
             if spans:
                 self._numbers.learn(spans)
@@ -351,11 +380,45 @@ class Events:
                 if bad < 0:
                     break
                 if why != 4:
-                    raise InputError(f"{self.file.path} is damaged at record {first + bad:,}: it {_WHY[why]}; download it again")
-                number = int(raw[bad]["instrument_id"])
-                for symbol in self._numbers.symbols(number):
-                    self._numbers.assign(symbol, self._resolve(symbol, number, raw))
+                    raise self._damaged(first + bad, why)
+                self._name(raw, bad)
             yield Block(out[:n], first + where[:n])
+
+    def _levels(self, layout: Layout) -> Iterator[Block]:
+        states = np.zeros((0, STATE), np.int64)
+        for first, data, spans in self.file.records(layout.rtype, layout.size):
+            if spans:
+                self._numbers.learn(spans)
+            if not len(data):
+                continue
+            heads, prices, sizes = parts(layout, data)
+            while (unknown := unassigned(heads, *self._numbers.arrays())) >= 0:
+                self._name(heads, unknown)
+            arrays = self._numbers.arrays()
+            more = max(0, int(arrays[3].max()) + 1 - len(states))
+            states = np.concatenate([states, np.zeros((more, STATE), np.int64)])
+            rows = len(heads) * room(layout)
+            out, where = np.empty(rows, EVENT), np.empty(rows, np.int64)
+            n, bad, why = convert(heads, prices, sizes, layout.mode, *arrays, states, out, where)
+            if bad >= 0:
+                raise self._damaged(first + bad, why)
+            yield Block(out[:n].copy(), first + where[:n])
+
+
+def _first_schema(file: Dbn) -> str:
+    """The schema of a mixed file (a live recording): that of its first record that tells events."""
+    kinds = {MBO_TYPE: "mbo"} | {layout.rtype: name for name, layout in reversed(LAYOUTS.items())}
+    skip = file._skip
+    left = b""
+    for part in file._bytes():
+        part, skip = part[skip:], max(0, skip - len(part))
+        data, pos = left + part, 0
+        while pos + 2 <= len(data) and data[pos]:
+            if data[pos + 1] in kinds:
+                return kinds[data[pos + 1]]
+            pos += 4 * data[pos]
+        left = data[pos:]
+    return "mbo"
 
 
 # --- whole files ----------------------------------------------------------------------------------------------------------------------
@@ -384,12 +447,12 @@ def read_definitions(path: Path) -> list[Definition]:
 
 
 def stream(path: Path, symbol: str | None = None, described: Sequence[Instrument] = ()) -> tuple[list[Instrument], Iterator[Block]]:
-    """The events of an MBO file in file order, beside the instrument table, which grows as instruments are met.
+    """The events of a file in file order, beside the instrument table, which grows as instruments are met.
 
     Instruments come from `described`, from the definition file beside `path`, or are guessed from the records at hand.
     """
     file = Dbn(path)
-    if file.schema not in (None, "mbo"):
+    if file.schema not in (None, *SCHEMAS):
         raise refused(file)
     near = beside(path)
     known = {d.symbol: d.instrument for d in (read_definitions(near) if near else [])}
@@ -402,17 +465,20 @@ def stream(path: Path, symbol: str | None = None, described: Sequence[Instrument
         found = known.get(name) or inferred(name, raw[raw["instrument_id"] == number], file.dataset)
         if symbol is not None and symbol not in (name, found.id):
             return -2
-        table.append(found)
+        table.append(replace(found, level=LAYOUTS[events.schema].level if events.schema in LAYOUTS else 3))
         return len(table) - 1
+
+    events = Events(file, resolve)
 
     def blocks() -> Iterator[Block]:
         rows = 0
-        for block in Events(file, resolve):
+        for block in events:
             rows += len(block.events)
             yield block
         if not rows:
-            names = ", ".join(sorted(seen)[:12])
-            raise InputError(f"{path} has no events of {symbol}; it holds {names}" if symbol and seen else f"{path} holds no MBO records")
+            names, kind = ", ".join(sorted(seen)[:12]), events.schema.upper()
+            missing = f"has no events of {symbol}; it holds {names}" if symbol and seen else f"holds no {kind} records"
+            raise InputError(f"{path} {missing}")
 
     return table, blocks()
 
@@ -429,5 +495,7 @@ def read_all(path: Path, symbol: str | None) -> tuple[Array, list[Instrument]]:
 
 
 def refused(file: Dbn) -> InputError:
-    """The error for a schema that is not read."""
-    return InputError(f"{file.path} holds {file.schema}, which is not read: ask Databento for schema mbo (and definition)")
+    """The error for a schema that tells no events."""
+    if file.schema in ("definition", "status"):
+        return InputError(f"{file.path} holds {file.schema} records and no market data: name a data file (mbo, mbp-10, mbp-1, ...) too")
+    return InputError(f"{file.path} holds {file.schema}, which is not read: ask Databento for schema mbo (and definition), mbp-10 or mbp-1")

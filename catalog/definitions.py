@@ -41,9 +41,14 @@ class Definition:
 
 def beside(path: Path) -> Path | None:
     """The definition file that belongs to a data file: the same name with `definition` for the schema, in the same folder."""
-    for schema in ("mbo", "mbp-10", "mbp-1", "tbbo", "trades"):
-        if f".{schema}." in path.name:
-            other = path.with_name(path.name.replace(f".{schema}.", ".definition."))
+    return companion(path, "definition")
+
+
+def companion(path: Path, schema: str) -> Path | None:
+    """The file of another schema that belongs to a data file."""
+    for own in ("mbo", "mbp-10", "mbp-1", "cmbp-1", "tbbo", "tcbbo", "bbo-1s", "bbo-1m", "cbbo-1s", "cbbo-1m", "trades"):
+        if f".{own}." in path.name:
+            other = path.with_name(path.name.replace(f".{own}.", f".{schema}."))
             return other if other.is_file() else None
     return None
 

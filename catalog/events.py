@@ -244,7 +244,12 @@ def _from_toml(table: Any, where: str) -> Instrument:
 
 
 def read_dbn(path: str | Path, symbol: str | None = None) -> tuple[NDArray[Any], list[Instrument]]:
-    """All events of one DBN file (MBO; plain or zstd; DBN 1, 2, 3) in canonical order, beside the table of its instruments.
+    """All events of one DBN file (plain or zstd; DBN 1, 2, 3) in canonical order, beside the table of its instruments.
+
+    mbo gives orders; mbp-10 level updates (F_MBP: C, A, M by which the ten levels differ from the former ten, after an R at the first
+    record) and trades; mbp-1, cmbp-1, tbbo, tcbbo quotes (F_TOB: bid, then ask, where one of them changed; C where a side is gone) and
+    trades; bbo and cbbo quotes alone, stamped with the end of their interval; trades trades. In tbbo a quote comes before its trade,
+    elsewhere after it.
 
     `symbol` (raw symbol or instrument id) picks one instrument. Definitions come from the file `*.definition.dbn*` beside it; an
     instrument without definition gets a tick inferred from its prices (greatest common divisor of their differences) and is marked by
@@ -277,6 +282,17 @@ def read_catalog(
     from catalog.parquet import read
 
     return read(Path(root), instrument_ids, start, end)
+
+
+def trading_state(root: str | Path, instrument: str) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
+    """When the market of an instrument id opened, closed, went into an auction or was halted: (`ts_init`, state), both (n,), ascending.
+
+    A state (:mod:`catalog.status`: CLOSED 0, OPEN 1, AUCTION 2, HALTED 3) holds from its stamp (ns UTC) to the next; before the first, and
+    in catalogs without status records (both arrays empty), it is not known. `catalog.status.at(steps, ts)` evaluates it.
+    """
+    from catalog.status import trading_state as read
+
+    return read(Path(root), instrument)
 
 
 def catalog_range(root: str | Path, instrument_ids: Sequence[str] | None = None) -> tuple[int, int]:

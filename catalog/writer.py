@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from catalog.events import EVENT, F_MBP, F_TOB, Instrument
-from catalog.parquet import ACTION, BLOCK, NANO, PRICE, SCHEMA, TIME, TRADES, TYPE_NAME, iso
+from catalog.parquet import ACTION, BLOCK, NANO, PRICE, QUOTES, SCHEMA, TIME, TRADES, TYPE_NAME, iso
 
 Events = NDArray[Any]
 _CODES: Final = {ord("A"): 0, ord("M"): 1, ord("C"): 2, ord("R"): 3}
@@ -40,7 +40,8 @@ def _times(values: NDArray[np.int64]) -> pa.Array:
 def table(events: Events, kind: str, instrument: Instrument) -> pa.Table:
     """EVENT rows of one instrument and type as the Arrow table that NautilusTrader 2.0 writes for them.
 
-    A, M, C, R become ADD, UPDATE, DELETE, CLEAR; F_MBP and F_TOB are ours and are not written. A trade's id is its sequence.
+    A, M, C, R become ADD, UPDATE, DELETE, CLEAR; F_MBP and F_TOB are ours and are not written. A trade's id is its sequence. Quotes are
+    pairs of rows with F_TOB, bid then ask, of one stamp; a side that is not there has the size 0.
     """
     names = {
         b"instrument_id": instrument.id.encode(),
@@ -48,7 +49,10 @@ def table(events: Events, kind: str, instrument: Instrument) -> pa.Table:
         b"size_precision": str(instrument.size_precision).encode(),
         b"type_name": TYPE_NAME[kind].encode(),
     }
-    if kind == TRADES:
+    if kind == QUOTES:
+        columns = [_decimals(events[what][side::2]) for what in ("price", "size") for side in (0, 1)]
+        events = events[::2]
+    elif kind == TRADES:
         columns = [
             _decimals(events["price"]),
             _decimals(events["size"]),
@@ -72,7 +76,7 @@ def table(events: Events, kind: str, instrument: Instrument) -> pa.Table:
 
 
 class Writer:
-    """Appends one instrument's rows of one type (deltas or trades) in row groups; the file gets its name when it is closed.
+    """Appends one instrument's rows of one type (deltas, trades or quotes) in row groups; the file gets its name when it is closed.
 
     Rows must come in order of `ts_init`. At most BLOCK rows are held. `close` leaves no trace when there were no rows.
     """
