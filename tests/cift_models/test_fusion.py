@@ -1,0 +1,227 @@
+"""Fusion: its own walk is XGBoost's prediction, its probabilities are calibrated, and it copes with what is missing."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from catalog.events import EVENT, SCALE, Instrument
+from cift_models.fusion import FLOOR, TILE, Config, Fusion, _interpolate, softmax
+from cift_models.labels import LABELS, Split, Study, Table, Thresholds
+from cift_models.validate import calibration_error, log_loss
+from cift_models.windows import HORIZONS_NS, Block
+
+NAMES = ("mid", "spread", "a", "b", "c", "never")
+INPUTS = NAMES[1:]
+SMALL = Config(rounds=20, child_weight=5.0, threads=1)
+
+
+def make_study(seed: int = 0, n: int = 6_000, instruments: int = 2, signal: float = 2.0, usable=(0, 1, 2, 3)) -> Study:
+    """Moves in half ticks that `a` and the product of `b` and `c` drive; a tenth of all inputs is missing, one always."""
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(n, len(NAMES))).astype(np.float32)
+    rows[:, 1] = rng.integers(1, 4, n)
+    drive = signal * (rows[:, 2] + rows[:, 3] * rows[:, 4]).astype(np.float64)
+    rows[:, 2:5][rng.random((n, 3)) < 0.1] = np.nan
+    rows[:, -1] = np.nan
+    ts = np.arange(n, dtype=np.int64) * 10 * SCALE
+    move = np.round((drive[:, None] + rng.normal(size=(n, len(LABELS))) * 2) * 2) / 2
+    known = ts[:, None] + np.array([*HORIZONS_NS, 1, 1, 1]) + 1
+    inst = np.arange(n) % instruments
+    table = Table(ts, inst, rows, rows[:, 1].astype(np.float64), move, known)
+    split = Split(0, int(ts[n * 6 // 10]), int(ts[n * 8 // 10]), int(ts[-1]) + 1)
+    table_of = [Instrument(f"I{k}.X", SCALE // 100, SCALE, 1.0, "USD") for k in range(instruments)]
+    thresholds = Thresholds(np.full((instruments, len(LABELS)), 1.25), np.full(instruments, 2.0))
+    return Study(tuple(table_of), NAMES, INPUTS, table, split, thresholds, tuple(usable), seed)
+
+
+def as_block(study: Study, rows: np.ndarray) -> Block:
+    events = np.zeros(len(rows), EVENT)
+    events["ts_init"], events["instrument"] = study.table.ts[rows], study.table.instrument[rows]
+    return Block(events, study.table.rows[rows].astype(np.float64), np.arange(len(rows)))
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    return make_study()
+
+
+@pytest.fixture(scope="module")
+def fusion(study) -> Fusion:
+    return Fusion.fit(study, None, SMALL)
+
+
+def booster(model):
+    import xgboost
+
+    b = xgboost.Booster()
+    b.load_model(bytearray(json.dumps(model).encode()))
+    return b
+
+
+def test_the_walk_is_xgboosts_prediction_to_the_last_bit(study, fusion):
+    import xgboost
+
+    x = fusion.inputs(study.table.rows, study.table.instrument)
+    x[:50, :3] = np.float32(1e30)
+    x[50:60] = np.nan
+    ours = np.empty((len(x), 12), np.float32)
+    from cift_models.fusion import walk
+
+    walk(x, *fusion.trees, ours)
+    for h, model in fusion.models.items():
+        theirs = booster(model).predict(xgboost.DMatrix(x), output_margin=True)
+        assert np.array_equal(ours[:, 3 * h : 3 * h + 3], theirs)
+        p = np.empty((len(x), 3))
+        softmax(ours[:, 3 * h : 3 * h + 3], p)
+        assert np.allclose(p, booster(model).predict(xgboost.DMatrix(x)), atol=1e-6)
+
+
+def naive_score(model, x):
+    """Down every tree by its own JSON, one row at a time, sums in float32."""
+    learner = model["learner"]
+    total = np.array(json.loads(learner["learner_model_param"]["base_score"]), np.float32)
+    booster_ = learner["gradient_booster"]["model"]
+    for tree, group in zip(booster_["trees"], booster_["tree_info"]):
+        node = 0
+        while tree["left_children"][node] != -1:
+            v = x[tree["split_indices"][node]]
+            left = bool(tree["default_left"][node]) if np.isnan(v) else v < np.float32(tree["split_conditions"][node])
+            node = tree["left_children"][node] if left else tree["right_children"][node]
+        total[group] += np.float32(tree["split_conditions"][node])
+    return total
+
+
+def test_the_walk_equals_a_naive_descent(study, fusion):
+    x = fusion.inputs(study.table.rows[:40], study.table.instrument[:40])
+    z = fusion.scores(study.table.rows[:40], study.table.instrument[:40])
+    for i in range(40):
+        for h, model in fusion.models.items():
+            assert np.array_equal(z[i, 3 * h : 3 * h + 3], naive_score(model, x[i]))
+
+
+def test_one_row_and_a_block_give_the_same_votes_bit_for_bit(study, fusion):
+    rows = np.arange(2 * TILE + 7)
+    whole = fusion.predict(as_block(study, rows))
+    for i in rows:
+        one = fusion.predict(as_block(study, np.array([i])))
+        assert np.array_equal(one.proba[0], whole.proba[i]) and np.array_equal(one.magnitude[0], whole.magnitude[i])
+
+
+def test_votes_are_probabilities_and_sizes(study, fusion):
+    votes = fusion.predict(as_block(study, np.arange(1_000)))
+    assert np.allclose(votes.proba.sum(axis=2), 1) and (votes.proba > 0).all()
+    assert (votes.magnitude >= 0).all() and np.isfinite(votes.magnitude).all()
+
+
+def test_it_finds_the_planted_signal_out_of_sample(study, fusion):
+    later = np.flatnonzero(study.table.ts >= study.split.weigh)
+    votes = fusion.predict(as_block(study, later))
+    for h in range(4):
+        y = study.classes(h)[later]
+        rates = np.bincount(y, minlength=3) / len(y)
+        assert log_loss(votes.proba[:, h], y).mean() < -np.log(rates) @ rates - 0.1
+        moved, size = np.abs(study.table.move[later, h]), votes.magnitude[:, h]
+        assert size.mean() == pytest.approx(moved.mean(), rel=0.1)
+        assert np.corrcoef(size, moved)[0, 1] > 0.15
+
+
+def test_calibration_brings_out_of_sample_error_near_to_nothing():
+    study = make_study(1, n=20_000)
+    fusion = Fusion.fit(study, None, SMALL)
+    later = np.flatnonzero(study.table.ts >= study.split.weigh)
+    votes, z = fusion.predict(as_block(study, later)), fusion.scores(study.table.rows[later], study.table.instrument[later])
+    y, raw = study.classes(0)[later], np.empty((len(later), 3))
+    softmax(z[:, :3], raw)
+    assert calibration_error(votes.proba[:, 0], y) < 0.03
+    assert calibration_error(votes.proba[:, 0], y) < calibration_error(raw, y)
+
+
+def test_the_same_seed_gives_the_same_model_and_another_seed_another(study, fusion):
+    again, other = Fusion.fit(study, None, SMALL), Fusion.fit(study._replace(seed=5), None, SMALL)
+    assert json.dumps(again.models) == json.dumps(fusion.models)
+    assert all(np.array_equal(a, b) for a, b in zip(again.knots, fusion.knots))
+    assert json.dumps(other.models) != json.dumps(fusion.models)
+
+
+def test_what_happens_after_the_calibration_slice_changes_nothing(study, fusion):
+    changed = study.table.move.copy()
+    changed[study.table.known_at > study.split.weigh] *= -3
+    again = Fusion.fit(study._replace(table=study.table._replace(move=changed)), None, SMALL)
+    assert json.dumps(again.models) == json.dumps(fusion.models)
+    assert all(np.array_equal(a, b) for a, b in zip(again.knots, fusion.knots))
+
+
+def test_labels_known_only_after_the_fit_slice_grow_no_tree(study, fusion):
+    """The calibration slice says where to stop, nothing more."""
+    changed = study.table.move.copy()
+    changed[study.table.known_at > study.split.calibrate] *= -1
+    again = Fusion.fit(study._replace(table=study.table._replace(move=changed)), None, SMALL)
+    for h, model in fusion.models.items():
+        a, b = (m["learner"]["gradient_booster"]["model"]["trees"] for m in (model, again.models[h]))
+        assert min(len(a), len(b)) >= 3 and len(a) != len(b)
+        assert a[: min(len(a), len(b))] == b[: min(len(a), len(b))]
+
+
+def test_a_feed_without_some_columns_still_gets_votes_and_one_without_any_gets_none(study, fusion):
+    block = as_block(study, np.arange(100))
+    assert np.isfinite(fusion.predict(block._replace(rows=block.rows[:, :3])).proba).all()
+    blind = block.rows.copy()
+    blind[:, 1:] = np.nan
+    votes = fusion.predict(block._replace(rows=blind))
+    assert np.isnan(votes.proba).all() and np.isnan(votes.magnitude).all()
+    inf = block.rows.copy()
+    inf[:, 2] = np.inf
+    nan = block.rows.copy()
+    nan[:, 2] = np.nan
+    assert np.array_equal(fusion.predict(block._replace(rows=inf)).proba, fusion.predict(block._replace(rows=nan)).proba)
+
+
+def test_further_named_columns_join_by_name():
+    """Alternative data are columns like any other: 27 more of them change the list of names and nothing else."""
+    study = make_study(2, n=3_000)
+    rng = np.random.default_rng(0)
+    alternative = tuple(f"alternative_{i}" for i in range(27))
+    extra = np.full((len(study.table.ts), 27), np.nan, np.float32)
+    extra[:, 3] = study.table.move[:, 0] + rng.normal(size=len(extra)) * 0.1
+    wide = study._replace(
+        names=study.names + alternative, inputs=study.inputs + alternative,
+        table=study.table._replace(rows=np.concatenate([study.table.rows, extra], axis=1)),
+    )  # fmt: skip
+    fusion = Fusion.fit(wide, None, SMALL)
+    gain = fusion.importance()
+    assert max(gain, key=lambda n: gain[n][0]) == "alternative_3"
+    assert np.isfinite(fusion.predict(as_block(study, np.arange(10))).proba).all()
+
+
+def test_horizons_that_were_left_out_abstain():
+    study = make_study(3, n=3_000, usable=(1,))
+    votes = Fusion.fit(study, None, SMALL).predict(as_block(study, np.arange(20)))
+    assert np.isnan(votes.proba[:, [0, 2, 3]]).all() and np.isfinite(votes.proba[:, 1]).all()
+
+
+def test_one_class_only_and_constant_inputs_are_no_accident():
+    study = make_study(4, n=2_000)
+    flat = study._replace(table=study.table._replace(move=np.zeros_like(study.table.move), rows=np.ones_like(study.table.rows)))
+    votes = Fusion.fit(flat, None, SMALL).predict(as_block(flat, np.arange(20)))
+    assert np.isfinite(votes.proba).all() and (votes.proba[..., 1] > 0.95).all()
+
+
+def test_it_is_saved_and_loaded_unchanged(study, fusion, tmp_path):
+    fusion.save(tmp_path)
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json"] * 4 + [".npz"]
+    again = Fusion.load(tmp_path, NAMES)
+    a, b = fusion.predict(as_block(study, np.arange(500))), again.predict(as_block(study, np.arange(500)))
+    assert np.array_equal(a.proba, b.proba) and np.array_equal(a.magnitude, b.magnitude)
+
+
+def test_calibration_curves_are_interpolated_like_numpys(study, fusion):
+    xs, ys, n = fusion.knots
+    x = np.linspace(-0.2, 1.2, 301)
+    for c in range(4):
+        m = n[0, c]
+        want = np.interp(x, xs[0, c, :m], ys[0, c, :m])
+        assert np.allclose([_interpolate(v, xs[0, c], ys[0, c], m) for v in x], want, atol=1e-12)
+    assert 0 < FLOOR < 0.01
