@@ -1,4 +1,4 @@
-"""`python -m catalog import | describe | check`: get market data in, see what is there, see what is wrong with it."""
+"""`python -m catalog import | download | describe | check | export`: get market data in, see what is there and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from catalog import parquet, quality
+from catalog import importer, parquet, quality
 from catalog.databento import import_dbn
-from catalog.dbn import Dbn, read_definitions, stream
+from catalog.dbn import SCHEMAS, Dbn, read_definitions, stream
 from catalog.errors import InputError, exit_code
 from catalog.events import Instrument, is_inferred, read_catalog, read_instruments_toml, text
+from catalog.importer import CatalogInfo
+from catalog.lobster import import_lobster, is_lobster
 from catalog.parquet import iso
 from catalog.progress import Steps
 
@@ -47,7 +49,7 @@ def _names(symbols: str | None) -> list[str] | None:
 
 @app.command("import")
 def import_(
-    files: Annotated[list[Path], typer.Argument(help="DBN files (MBO and definitions), or folders of them")],
+    files: Annotated[list[Path], typer.Argument(help="DBN files (events, definitions, status) or folders of them; or LOBSTER files")],
     out: Annotated[Path | None, typer.Option(help="where the catalog goes; default: a folder of the store, found again next time")] = None,
     instruments: Definitions = None,
     symbols: Annotated[str | None, typer.Option(help="the ones to keep, separated by commas")] = None,
@@ -55,22 +57,98 @@ def import_(
     end: Annotated[str | None, typer.Option(help="last time to keep, UTC")] = None,
     as_json: Json = False,
 ) -> None:
-    """Databento files into a NautilusTrader catalog."""
-    info = import_dbn(files, out, instruments, _names(symbols), nanoseconds(start), nanoseconds(end))
+    """Databento or LOBSTER files into a NautilusTrader catalog."""
+    read = import_lobster if any(is_lobster(f) for f in files) else import_dbn
+    _imported(read(files, out, instruments, _names(symbols), nanoseconds(start), nanoseconds(end)), as_json)
+
+
+def _imported(info: CatalogInfo, as_json: bool) -> None:
     if as_json:
         print(json.dumps(asdict(info) | {"root": str(info.root)}))
         return
     verb = "was imported before" if info.reused else "imported"
-    counts = ", ".join(f"{n:,} {kind.replace('_', ' ')}" for kind, n in info.counts.items())
+    counts = ", ".join(f"{n:,} {kind.replace('_', ' ')}" for kind, n in info.counts.items() if n)
     console.print(f"{verb}: {counts} of {', '.join(i.id for i in info.instruments[:8])}")
     console.print(f"order kept by moving {info.moved:,} stamps ({info.moved_trades:,} trades follow a book change of the same stamp)")
     _faults({k: n for k, n in info.quality.items() if n}, info.first, "record")
+    for roll in json.loads((info.root / "cift.json").read_text())["rolls"]:
+        console.print(f"roll at {iso(roll['ts'])[:16]}: {roll['from']} to {roll['to']}")
     console.print(f"catalog: {info.root}", soft_wrap=True)
+
+
+@app.command()
+def download(
+    dataset: Annotated[str | None, typer.Argument(help="Databento dataset, such as GLBX.MDP3")] = None,
+    schema: Annotated[str, typer.Option(help="mbo, mbp-10, mbp-1, tbbo, trades, ...")] = "mbo",
+    symbols: Annotated[str | None, typer.Option(help="of one kind, with commas: ESH4, or ES.v.0, or ES.FUT")] = None,
+    polygon: Annotated[str | None, typer.Option(help="symbols of Polygon's history instead, separated by commas")] = None,
+    start: Annotated[str | None, typer.Option(help="first time, UTC")] = None,
+    end: Annotated[str | None, typer.Option(help="the time to stop at, UTC")] = None,
+    out: Annotated[Path | None, typer.Option(help="where the catalog goes; default: a folder of the store")] = None,
+    instruments: Definitions = None,
+    yes: Annotated[bool, typer.Option("--yes", help="pay what is asked without a question")] = False,
+    as_json: Json = False,
+) -> None:
+    """Databento's data (key in DATABENTO_API_KEY) or Polygon's (POLYGON_API_KEY) into a catalog; what is here is not fetched again."""
+    if (dataset is None) == (polygon is None):
+        raise InputError("name a Databento dataset (python -m catalog download GLBX.MDP3 ...) or --polygon SYMBOLS, one of them")
+    if start is None or end is None:
+        raise InputError("no range: give --start and --end")
+    if polygon is not None:
+        _polygon(_names(polygon) or [], start, end, out, as_json)
+        return
+    from catalog import historical
+
+    assert dataset is not None
+    kept = importer.STORE / "databento"
+    files = historical.download(dataset, schema, _names(symbols) or [], start, end, kept, lambda q: _agreed(dataset, q, yes))
+    if schema not in SCHEMAS:
+        print("\n".join(map(str, files)))
+        return
+    _imported(import_dbn(files, out, instruments), as_json)
+
+
+def _agreed(dataset: str, quote: Any, yes: bool) -> bool:
+    """Whether the user pays: told by --yes, or asked on a terminal."""
+    price = f"{dataset}: {quote.records:,} records in {len(quote.parts)} files, {quote.bytes / 1e6:,.1f} MB, cost ${quote.cost:,.2f}"
+    print(price, file=sys.stderr, flush=True)
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise InputError(f"the download costs ${quote.cost:,.2f} and there is no terminal to ask on: add --yes to pay it")
+    print("download it? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _polygon(symbols: list[str], start: str, end: str, out: Path | None, as_json: bool) -> None:
+    from catalog.polygon import Request, history, store
+
+    first, last = nanoseconds(start), nanoseconds(end)
+    if not symbols or first is None or last is None or first > last:
+        raise InputError(f"nothing to download: {len(symbols)} symbols from {start} to {end}")
+    request = Request(tuple(symbols), first, last)
+    root, parts = store(request)
+    note = history(request, out or root, parts=parts)
+    if as_json:
+        print(json.dumps(note | {"root": str(out or root)}))
+    else:
+        console.print(f"catalog: {out or root}", soft_wrap=True)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def export(context: typer.Context) -> None:
+    """Features and labels to Parquet: `python -m catalog export DIR --out FILE.parquet`, which is `python -m cift_models export`."""
+    import runpy
+
+    sys.argv = ["cift_models", "export", *context.args]
+    runpy.run_module("cift_models", run_name="__main__")
 
 
 @app.command()
 def describe(where: Where, as_json: Json = False) -> None:
     """What is in a catalog or a DBN file, and what a backtest of it would take."""
+    if is_lobster(where):
+        raise InputError(f"{where} is a LOBSTER file: import it first (python -m catalog import {where}) and describe the catalog")
     if where.is_dir():
         _describe_catalog(where, as_json)
     else:
@@ -134,6 +212,8 @@ def _describe_dbn(path: Path, as_json: bool) -> None:
 def check(where: Where, instruments: Definitions = None, as_json: Json = False) -> None:
     """Count what is wrong with the data: crossed books, unknown orders, stamps that run backwards, gaps, prices off the tick."""
     described = read_instruments_toml(instruments) if instruments else []
+    if is_lobster(where):
+        raise InputError(f"{where} is a LOBSTER file: import it first (python -m catalog import {where}) and check the catalog")
     if where.is_dir():
         table, source = read_catalog(where)
         blocks: Iterator[NDArray[Any]] = source

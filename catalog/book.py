@@ -17,7 +17,7 @@ from catalog.events import ADD, CANCEL, CLEAR, F_MBP, F_TOB, MODIFY
 
 type Array = np.ndarray[Any, Any]
 
-# Header words. Side 0 is the bid, side 1 the ask; LEVELS, TOUCH, ADDED and REMOVED have one word for each.
+# Header words. Side 0 is the bid, side 1 the ask; LEVELS and the words from TOUCH on have one for each.
 LIVE: Final = 0  # individual orders in the book
 EPOCH: Final = 1  # slots whose mark is not +-EPOCH are empty, so that clearing is O(1)
 BITS: Final = 2  # log2 of the slots of the hash table
@@ -30,8 +30,9 @@ DUE: Final = 9  # at this many events the room is looked at again, and given bac
 TOUCH: Final = 10  # depth (0 is the best) of the best level that the last event changed; FAR if none
 ADDED: Final = 12  # size that the last event added to each side (L3, L2)
 REMOVED: Final = 14  # size that it took away, other than by a clear
-FINGER: Final = 16  # where the last search on each side ended
-HEAD: Final = 18
+UNTIL: Final = 16  # the levels that changed lie before this depth; FAR if levels have come or gone
+FINGER: Final = 18  # where the last search on each side ended
+HEAD: Final = 20
 
 FAR: Final = 1 << 40
 NEAR: Final = 16  # this many best entries of each side are levels; deeper ones may be dead (size and count 0), to be used again
@@ -127,7 +128,7 @@ def _dead(s: Array, entry: Any) -> Any:
 def _insert(s: Array, k: Any, p: Any, i: Any, key: Any, size: Any, count: Any) -> None:
     """Put a level before entry `i`: into a dead entry within reach, else by moving the better levels up."""
     n = s[LEVELS + k]
-    s[TOUCH + k] = min(s[TOUCH + k], n - i)
+    s[TOUCH + k], s[UNTIL + k] = min(s[TOUCH + k], n - i), FAR
     if i == n or s[p + 3 * i] != key:
         free, deeper = n, False
         for j in range(min(n - i, REACH)):
@@ -160,7 +161,7 @@ def _insert(s: Array, k: Any, p: Any, i: Any, key: Any, size: Any, count: Any) -
 def _remove(s: Array, k: Any, p: Any, i: Any) -> None:
     """Take away level `i`: deep in the book its entry only dies; the best NEAR entries are kept alive and dense."""
     n = s[LEVELS + k]
-    s[TOUCH + k] = min(s[TOUCH + k], n - 1 - i)
+    s[TOUCH + k], s[UNTIL + k] = min(s[TOUCH + k], n - 1 - i), FAR
     s[p + 3 * i + 1] = s[p + 3 * i + 2] = 0
     while i > n - 1 - NEAR and i >= 0 and _dead(s, p + 3 * i):
         for j in range(p + 3 * i, p + 3 * n - 3):
@@ -185,12 +186,15 @@ def _change(s: Array, k: Any, key: Any, size: Any, count: Any) -> None:
     else:
         s[entry + 1] += size
         s[entry + 2] += count
-        s[TOUCH + k] = min(s[TOUCH + k], n - 1 - i)
+        s[TOUCH + k], s[UNTIL + k] = min(s[TOUCH + k], n - 1 - i), max(s[UNTIL + k], n - i)
 
 
 @njit(cache=True)
 def _clear(s: Array) -> None:
-    s[LIVE] = s[LEVELS] = s[LEVELS + 1] = s[TOUCH] = s[TOUCH + 1] = 0
+    for k in range(2):
+        if s[LEVELS + k]:
+            s[LEVELS + k], s[TOUCH + k], s[UNTIL + k] = 0, 0, FAR
+    s[LIVE] = 0
     s[EPOCH] += 1
 
 
@@ -204,7 +208,7 @@ def apply(s: Array, u: Array, action: Any, side: Any, price: Any, size: Any, ide
     of feed starts the book anew.
     """
     s[TOUCH] = s[TOUCH + 1] = FAR
-    s[ADDED] = s[ADDED + 1] = s[REMOVED] = s[REMOVED + 1] = 0
+    s[ADDED] = s[ADDED + 1] = s[REMOVED] = s[REMOVED + 1] = s[UNTIL] = s[UNTIL + 1] = 0
     if action == CLEAR:
         _clear(s)
         return
@@ -224,8 +228,8 @@ def apply(s: Array, u: Array, action: Any, side: Any, price: Any, size: Any, ide
         n = s[LEVELS + k]
         gone = gone or action == CANCEL
         if feed == 1:
-            if n or not gone:
-                s[TOUCH + k] = 0
+            if n if gone else (n == 0 or s[p] != key or s[p + 1] != size):
+                s[TOUCH + k], s[UNTIL + k] = 0, 1
             s[LEVELS + k] = 0 if gone else 1
             s[p], s[p + 1], s[p + 2] = key, size, 0
             return
@@ -239,11 +243,13 @@ def apply(s: Array, u: Array, action: Any, side: Any, price: Any, size: Any, ide
         else:
             s[ADDED + k] = max(size - old, 0)
             s[REMOVED + k] = max(old - size, 0)
+            if old == size:
+                return
             if old:
                 s[entry + 1] = size
-                s[TOUCH + k] = n - 1 - i
+                s[TOUCH + k], s[UNTIL + k] = n - 1 - i, n - i
             else:
-                _insert(s, k, p, i, key, size, 0)
+                _insert(s, k, p, i, key, size, np.int64(0))
 
 
 @njit(cache=True)
@@ -260,17 +266,19 @@ def _order(s: Array, u: Array, action: Any, side: Any, k: Any, key: Any, size: A
             if side == 0:
                 k, key = was, (key if was else -key)
             if was == k and at == key:
+                if size == old:
+                    return
                 s[ADDED + k] = max(size - old, 0)
                 s[REMOVED + k] = max(old - size, 0)
                 s[w + 2] = size
-                _change(s, k, key, size - old, 0)
+                _change(s, k, key, size - old, np.int64(0))
                 return
             taken = 0
             s[REMOVED + was] = old
-            _change(s, was, at, -old, -1)
+            _change(s, was, at, -old, np.int64(-1))
         if taken:
             s[REMOVED + was] = taken
-            _change(s, was, at, -taken, -1 if taken == old else 0)
+            _change(s, was, at, -taken, np.int64(-1 if taken == old else 0))
             if taken == old:
                 _forget(s, u, w)
             else:
@@ -283,7 +291,7 @@ def _order(s: Array, u: Array, action: Any, side: Any, k: Any, key: Any, size: A
         s[LIVE] += 1
     s[w + 1], s[w + 2], s[w + 3] = key, size, (s[EPOCH] if k == 0 else -s[EPOCH])
     s[ADDED + k] = size
-    _change(s, k, key, size, 1)
+    _change(s, k, key, size, np.int64(1))
 
 
 @njit(cache=True, inline="always")

@@ -298,7 +298,7 @@ class Numbers:
 
     def __init__(self, spans: list[Span]) -> None:
         self._spans = list(spans)
-        self._index: dict[str, int] = {}
+        self._index: dict[tuple[str, int], int] = {}  # a continuous symbol is another instrument after its roll
         self._arrays: tuple[Array, Array, Array, Array] | None = None
 
     def learn(self, spans: list[Span]) -> None:
@@ -319,16 +319,16 @@ class Numbers:
         """The symbol of an instrument id at a time."""
         return sorted({s.symbol for s in self._spans if s.number == number and s.start <= ts < s.end}) or self.symbols(number)
 
-    def assign(self, symbol: str, index: int) -> None:
-        """`index` into the instrument table for `symbol`; -2: pass its records over."""
-        self._index[symbol] = index
+    def assign(self, symbol: str, number: int, index: int) -> None:
+        """`index` into the instrument table for `symbol` where it is `number`; -2: pass its records over."""
+        self._index[symbol, number] = index
         self._arrays = None
 
     def arrays(self) -> tuple[Array, Array, Array, Array]:
         """(ids, starts, ends, indices), sorted; -1 where no index was assigned."""
         if self._arrays is None:
             spans = sorted(self._spans, key=lambda s: (s.number, s.start))
-            columns = zip(*((s.number, s.start, s.end, self._index.get(s.symbol, -1)) for s in spans)) if spans else ([],) * 4
+            columns = zip(*((s.number, s.start, s.end, self._index.get((s.symbol, s.number), -1)) for s in spans)) if spans else ([],) * 4
             numbers, starts, ends, indices = (np.array(c, np.int64) for c in columns)
             self._arrays = numbers, starts, ends, indices
         return self._arrays
@@ -362,7 +362,7 @@ class Events:
     def _name(self, raw: Array, record: int) -> None:
         number = int(raw[record]["instrument_id"])
         for symbol in self._numbers.symbols(number):
-            self._numbers.assign(symbol, self._resolve(symbol, number, raw))
+            self._numbers.assign(symbol, number, self._resolve(symbol, number, raw))
 
     def _damaged(self, record: int, why: int) -> InputError:
         return InputError(f"{self.file.path} is damaged at record {record:,}: it {_WHY[why]}; download it again")
@@ -455,16 +455,20 @@ def stream(path: Path, symbol: str | None = None, described: Sequence[Instrument
     if file.schema not in (None, *SCHEMAS):
         raise refused(file)
     near = beside(path)
-    known = {d.symbol: d.instrument for d in (read_definitions(near) if near else [])}
+    defined = read_definitions(near) if near else []
+    known = {d.symbol: d.instrument for d in defined}
+    by_number = {} if file.raw_symbols else {d.number: d.instrument for d in defined}
     known |= {i.id.rsplit(".", 1)[0]: i for i in described}
     table: list[Instrument] = []
     seen: list[str] = []
 
     def resolve(name: str, number: int, raw: Array) -> int:
         seen.append(name)
-        found = known.get(name) or inferred(name, raw[raw["instrument_id"] == number], file.dataset)
+        found = known.get(name) or by_number.get(number) or inferred(name, raw[raw["instrument_id"] == number], file.dataset)
         if symbol is not None and symbol not in (name, found.id):
             return -2
+        if (index := next((k for k, i in enumerate(table) if i.id == found.id), None)) is not None:
+            return index
         table.append(replace(found, level=LAYOUTS[events.schema].level if events.schema in LAYOUTS else 3))
         return len(table) - 1
 

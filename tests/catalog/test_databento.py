@@ -605,3 +605,45 @@ def test_ten_times_the_data_take_the_same_memory(tmp_path):
         read, peak[n] = map(int, done.stdout.split())
         assert read == n
     assert peak[1_500_000] < 1.2 * peak[150_000], peak
+
+
+SLOW = """
+import sys, time
+from catalog import importer, quality
+from catalog.databento import import_dbn
+from catalog.errors import exit_code
+update = quality.Checker.update
+def slow(self, *a, **k):
+    update(self, *a, **k)
+    print("reading", flush=True)
+    time.sleep(60)
+quality.Checker.update = slow
+raise SystemExit(exit_code(lambda: import_dbn([sys.argv[1]], sys.argv[2], sys.argv[3])))
+"""
+
+
+def test_ctrl_c_within_an_import_ends_with_130_and_leaves_nothing(data, tmp_path):
+    """A real SIGINT to a real process, in the middle of its work."""
+    out = tmp_path / "store/c"
+    arguments = [sys.executable, "-c", SLOW, str(data / ES), str(out), str(EXAMPLE)]
+    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "reading\n"
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err
+    assert list(out.parent.iterdir()) == []
+
+
+def test_an_unknown_symbol_is_noticed_before_anything_is_read(tmp_path, monkeypatch):
+    file = write(tmp_path, SESSION)
+    monkeypatch.setattr(importer._Import, "read", lambda *_: pytest.fail("read"))
+    with pytest.raises(InputError, match="no file holds NOPE; they hold AAA"):
+        import_dbn([file], tmp_path / "c", symbols=["NOPE"])
+
+
+def test_everything_is_on_the_disk_before_the_catalog_gets_its_name(tmp_path, monkeypatch):
+    synced, real = [], os.fsync
+    monkeypatch.setattr(importer.os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")) or real(handle))
+    root = import_dbn([write(tmp_path, SESSION)], tmp_path / "c").root
+    names = {Path(p).name for p in synced if ".c.partial-" in p}
+    assert {p.name for p in root.rglob("*")} <= names

@@ -12,12 +12,14 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import parse_qs, urlsplit
 
 import databento
+import databento_dbn
 import numpy as np
 import pytest
 import trustme
@@ -36,6 +38,10 @@ MBO = np.dtype(
 )  # fmt: skip
 
 
+DATES = SimpleNamespace(start_date=date(2024, 1, 1), end_date=date(2025, 1, 1), symbol="7")
+MAPPED = [SimpleNamespace(raw_symbol="AAA", intervals=[DATES])]
+
+
 def dbn(start: int, n: int) -> bytes:
     """A day's file: `n` adds, a second apart."""
     a = np.zeros(n, MBO)
@@ -44,10 +50,21 @@ def dbn(start: int, n: int) -> bytes:
     a["order_id"] = np.arange(n) + 1
     a["price"], a["size"], a["flags"], a["action"], a["side"] = 100 * 10**9, 1, 128, b"A", b"B"
     meta = Metadata(
-        dataset="XNAS.ITCH", start=start, stype_out=SType.INSTRUMENT_ID, symbols=["AAA"], partial=[], not_found=[], mappings=[],
+        dataset="XNAS.ITCH", start=start, stype_out=SType.INSTRUMENT_ID, symbols=["AAA"], partial=[], not_found=[], mappings=MAPPED,
         schema=Schema.MBO, stype_in=SType.RAW_SYMBOL,
     )  # fmt: skip
     return zstandard.compress(meta.encode() + a.tobytes())
+
+
+def definitions(start: int) -> bytes:
+    """A day's definition file: the one instrument."""
+    kinds = databento_dbn.InstrumentClass.STOCK, databento_dbn.SecurityUpdateAction.ADD
+    aaa = databento_dbn.InstrumentDefMsg(2, 7, start, start, 10**7, 10**9, "AAA", "", "", *kinds, exchange="XNAS", currency="USD")
+    meta = Metadata(
+        dataset="XNAS.ITCH", start=start, stype_out=SType.INSTRUMENT_ID, symbols=["AAA"], partial=[], not_found=[], mappings=[],
+        schema=Schema.DEFINITION, stype_in=SType.RAW_SYMBOL,
+    )  # fmt: skip
+    return zstandard.compress(meta.encode() + bytes(aaa))
 
 
 @dataclass
@@ -112,7 +129,8 @@ class Handler(BaseHTTPRequestHandler):
         if call == "metadata.get_cost":
             return self.send(200, str(0.25 if form["schema"] == "mbo" else 0.01).encode())
         assert call == "timeseries.get_range"
-        body = dbn(int(datetime.fromisoformat(form["start"]).replace(tzinfo=UTC).timestamp()) * 10**9, n)
+        begin = int(datetime.fromisoformat(form["start"]).replace(tzinfo=UTC).timestamp()) * 10**9
+        body = definitions(begin) if form["schema"] == "definition" else dbn(begin, n)
         if fault == "drop":
             self.send(200, body[: len(body) // 2], length=len(body))
             return self.connection.close()
