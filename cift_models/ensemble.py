@@ -135,9 +135,9 @@ def _learn(p, regime, h, y, eta, share, w, mix_then, loss, member_loss, awake_ro
 
 @njit(cache=True, nogil=True)
 def _decide(  # type: ignore[no-untyped-def]
-    closes, inst, mids, regimes, votes, sizes, o_inst, o_serial, o_label, o_move, o_at, serial0, threshold, confident, eta, needs, tilt,
-    share, learn_from, ts, weights, loss, member_loss, awake_rounds, rounds, r_votes, r_mix, r_regime, r_ts, proba, magnitude, confidence,
-    direction,
+    closes, inst, mids, regimes, votes, sizes, o_inst, o_serial, o_label, o_move, o_at, serial0, threshold, confident, trust, eta, needs,
+    tilt, share, learn_from, ts, weights, loss, member_loss, awake_rounds, rounds, r_votes, r_mix, r_regime, r_ts,
+    proba, magnitude, confidence, direction,
 ):  # fmt: skip
     """Outcomes and decisions of one block in the order of the stream. Shapes: votes (m, N, H, 3), weights (R + 1, H, N)."""
     n, n_h, room, o = votes.shape[1], votes.shape[2], r_ts.shape[1], 0
@@ -171,7 +171,7 @@ def _decide(  # type: ignore[no-untyped-def]
                     if sizes[c, a, h] == sizes[c, a, h]:
                         sized += weights[r, h, a]
                         size += weights[r, h, a] * sizes[c, a, h]
-            magnitude[c, h] = size / sized if sized > 0 else np.nan
+            magnitude[c, h] = trust[h] * size / sized if sized > 0 else np.nan
             direction[c, h] = 0
             for y in range(3):
                 p = 0.0
@@ -212,10 +212,17 @@ class Learned:
 
 
 class Ensemble:
-    """Fitted part: `threshold` (I, H) ticks, `weights` (R + 1, H, N), `confident` (H,) least confidence, `eta` (H,) learning rates <= 1."""
+    """Fitted part: `threshold` (I, H) ticks, `weights` (R + 1, H, N), `confident` (H,) least confidence, `eta` (H,) learning rates <= 1.
 
-    def __init__(self, names: Sequence[str], threshold: F64, weights: F64, confident: F64, eta: F64, config: Config | None = None) -> None:
+    `trust` (H,) in [0, 1] scales the expected |move| by how much of the expected signed move has come true (:func:`trust_in`).
+    """
+
+    def __init__(
+        self, names: Sequence[str], threshold: F64, weights: F64, confident: F64, eta: F64, config: Config | None = None,
+        trust: F64 | None = None,
+    ) -> None:  # fmt: skip
         self.names, self.config = tuple(names), config or Config()
+        self.trust = np.ones(H) if trust is None else trust
         self.threshold, self.weights, self.confident, self.eta = threshold, weights, confident, eta
         n = len(self.names)
         self.needs = np.array([0] + [max(1, int(self.config.agree * k + 0.5)) for k in range(1, n + 1)], np.int64)
@@ -259,8 +266,8 @@ class Ensemble:
         o = outcomes
         _decide(
             closes, instrument, mid, np.where(regimes < 0, R, regimes), votes, sizes, o.instrument, o.serial, o.label, o.move, o.at,
-            learned.serial, self.threshold, self.confident, self.eta, self.needs, self.config.tilt, self.config.share, learn_from, ts,
-            learned.weights, learned.loss, learned.member_loss, learned.awake, learned.rounds, *learned.ring, *out,
+            learned.serial, self.threshold, self.confident, self.trust, self.eta, self.needs, self.config.tilt, self.config.share,
+            learn_from, ts, learned.weights, learned.loss, learned.member_loss, learned.awake, learned.rounds, *learned.ring, *out,
         )  # fmt: skip
         return out
 
@@ -283,14 +290,14 @@ class Ensemble:
         c = self.config
         np.savez(
             folder / "ensemble.npz", names=np.array(self.names), threshold=self.threshold, weights=self.weights, confident=self.confident,
-            eta=self.eta, config=np.array([c.agree, c.tilt, c.share, c.least_cover, c.stop, c.kelly]),
+            eta=self.eta, trust=self.trust, config=np.array([c.agree, c.tilt, c.share, c.least_cover, c.stop, c.kelly]),
         )  # fmt: skip
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         with np.load(folder / "ensemble.npz", allow_pickle=False) as z:
             config = Config(*(float(v) for v in z["config"]))
-            return cls([str(n) for n in z["names"]], z["threshold"], z["weights"], z["confident"], z["eta"], config)
+            return cls([str(n) for n in z["names"]], z["threshold"], z["weights"], z["confident"], z["eta"], config, z["trust"])
 
 
 def learning_rates(ts: I64, instrument: I64, horizons_ns: Sequence[int], step: int = 1) -> F64:
@@ -328,6 +335,28 @@ def confidence_threshold(proba: F64, move: F64, spread: F64, least_cover: float)
     ends = np.append(c[1:] < c[:-1], True)  # equal confidence passes together
     usable = np.flatnonzero(ends & (np.arange(len(c)) >= first))
     return float(c[usable[np.argmax(t[usable])]])
+
+
+def expected_move(proba: F64, magnitude: F64) -> F64:
+    """Expected signed move of the mid (...,) in ticks: E|move| x (P(up) - P(down)) / (P(up) + P(down)); proba (..., 3)."""
+    moves = proba[..., 2] + proba[..., 0]
+    return np.where(moves > 0, magnitude * (proba[..., 2] - proba[..., 0]) / np.where(moves > 0, moves, 1.0), 0.0)
+
+
+def trust_in(expected: F64, move: F64, independent: int) -> float:
+    """How much of the expected signed moves (n,) the past moves (n,) bear out: their slope through the origin less one standard error.
+
+    In [0, 1]. The standard error takes the n decisions for `independent` ones, which is what their overlapping labels are worth; so a
+    horizon with too few of them, or one whose forecasts have not come true, expects nothing and is not traded.
+    """
+    ok = np.isfinite(expected) & np.isfinite(move)
+    e, m = expected[ok], move[ok]
+    power = float(e @ e)
+    if power <= 0 or independent < 2:
+        return 0.0
+    slope = float(e @ m) / power
+    error = np.sqrt(float(np.mean((m - slope * e) ** 2)) / power * len(e) / min(independent, len(e)))
+    return float(np.clip(slope - error, 0.0, 1.0))
 
 
 def recommend(

@@ -21,9 +21,20 @@ from catalog.errors import InputError
 from catalog.events import Instrument, catalog_counts, catalog_range, read_catalog
 from catalog.progress import Steps
 from cift_models import artifacts
-from cift_models.ensemble import Ensemble, Learned, Member, available, confidence_threshold, learning_rates, member_class, roster
+from cift_models.ensemble import (
+    Ensemble,
+    Learned,
+    Member,
+    available,
+    confidence_threshold,
+    expected_move,
+    learning_rates,
+    member_class,
+    roster,
+    trust_in,
+)
 from cift_models.inference import DEFAULT_LATENCY, Engine, Latency, measure_latency, stream
-from cift_models.labels import LABELS, H, Labeller, Split, Study, Table, Thinned, Thresholds, fit_thresholds, walk_forward
+from cift_models.labels import LABELS, H, Labeller, Split, Study, Table, Thinned, Thresholds, effective, fit_thresholds, walk_forward
 from cift_models.validate import Baselines, Sample, evaluate, level1_columns
 from cift_models.windows import HORIZONS_NS
 
@@ -153,7 +164,17 @@ def weigh(
     confident = np.array(
         [confidence_threshold(got["proba"][:, h].astype(np.float64), move[:, h], got["spread"], even.config.least_cover) for h in range(H)]
     )
-    learnt = Ensemble(names, threshold, engine.learned.weights.copy(), confident, eta, even.config)
+    expected = expected_move(got["proba"].astype(np.float64), got["magnitude"].astype(np.float64))
+    worth = [
+        sum(
+            effective(got["ts"][mine], got["known_at"][mine, h])
+            for k in range(len(ids))
+            if len(mine := np.flatnonzero(np.isfinite(move[:, h]) & (got["instrument"] == k)))
+        )
+        for h in range(H)
+    ]
+    trust = np.array([trust_in(expected[:, h], move[:, h], worth[h]) for h in range(H)])
+    learnt = Ensemble(names, threshold, engine.learned.weights.copy(), confident, eta, even.config, trust)
     return learnt, engine.learned, got
 
 
@@ -258,6 +279,7 @@ def _manifest(
         "latency": {"source": latency.source, "q": list(latency.q), "ns": list(latency.ns)},
         "folds": _plain(folds),
         "confident": _plain(ensemble.confident.tolist()),
+        "trust": ensemble.trust.tolist(),
         "regret": _plain(Ensemble.even(ensemble.names, ensemble.threshold, ensemble.eta, ensemble.config).regret(learned)),
     }
 

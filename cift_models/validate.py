@@ -22,6 +22,7 @@ from catalog.progress import Steps
 from cift_models import artifacts
 from cift_models.inference import Engine, Predictions, stream
 from cift_models.labels import F64, I8, I64, LABELS, H, Labeller, Study, Thinned, classify, effective, last_known, macro_f1, pays
+from cift_models.significance import ALPHA, agreement, confidence_set, holm, mean_test
 from cift_models.windows import HORIZONS_NS, Block
 
 CAP: Final = 200_000  # decisions that a sample holds
@@ -145,8 +146,8 @@ class Sample:
         self._since = since
         f32 = np.float32
         self._held = Thinned(
-            len(instruments), H, cap, spread=((), np.float64), proba=((H, 3), f32), direction=((H,), np.int8), votes=((members, H, 3), f32),
-            level1=((len(self._columns),), f32),
+            len(instruments), H, cap, spread=((), np.float64), proba=((H, 3), f32), magnitude=((H,), f32), direction=((H,), np.int8),
+            votes=((members, H, 3), f32), level1=((len(self._columns),), f32),
         )  # fmt: skip
 
     def push(self, block: Block, p: Predictions) -> None:
@@ -154,8 +155,8 @@ class Sample:
         rows = block.rows[block.closes]
         outcomes = self._labeller.push(block.events, np.ascontiguousarray(block.rows[:, self._mid]), block.closes)
         self._held.push(
-            p.ts, p.instrument, outcomes, p.ts >= self._since, spread=rows[:, self._spread], proba=p.proba, direction=p.direction,
-            votes=p.votes, level1=rows[:, self._columns],
+            p.ts, p.instrument, outcomes, p.ts >= self._since, spread=rows[:, self._spread], proba=p.proba, magnitude=p.magnitude,
+            direction=p.direction, votes=p.votes, level1=rows[:, self._columns],
         )  # fmt: skip
 
     def finish(self) -> dict[str, NDArray[Any]]:
@@ -236,6 +237,11 @@ def evaluate(
     beyond the spread), `ensemble`, `members`, `baselines` (scores each; members over the decisions they voted in, with their `cover`),
     `decided` (the decisions with a direction: cover, hit rate, mean signed move less spread, ticks), and `gain` of the ensemble over
     each baseline in log-loss with its interval. All models are compared on the decisions that have a prediction.
+
+    With `baselines` also the tests of :mod:`cift_models.significance`: `gain` over baselines and `member_gain` over members carry t,
+    p (one-sided) and `p_holm` of each, adjusted over all rows of the table with enough labels; `mcs` is the model confidence set on the
+    decisions on which all had a say (members that vote in half of them or more); `agreement` the 3-of-5 rule against plain confidence
+    at the same cover. `claims` tells where every gain over baselines is shown, `member_claims` where every gain over members is.
     """
     table: list[dict[str, Any]] = []
     for k, id_ in enumerate(instruments):
@@ -280,26 +286,68 @@ def evaluate(
                     row["baselines"]["persistence"]["macro_f1"] = macro_f1(y[lead], before[lead])
                     ours_f1 = macro_f1(y[lead], proba[ok][lead].argmax(axis=1).astype(np.int8))
                     row["leak_gap"] = 100 * (ours_f1 - row["baselines"]["persistence"]["macro_f1"])
-                ours = log_loss(proba[ok], y)
-                row["gain"] = {}
-                for name, p in rivals.items():
-                    d = log_loss(p, y) - ours
-                    row["gain"][name] = {"mean": float(d.mean()), "interval": list(block_bootstrap(d, ts, 2 * HORIZONS_NS[h], seed))}
-    return {"table": table, "decisions": len(sample["ts"]), "claims": claims(table)}
+                _test(row, proba[ok], rivals, {n: sample["votes"][mine, a, h][ok] for a, n in enumerate(members)}, y, ts, h, seed)
+                row["agreement"] = agreement(proba[ok], side.astype(np.int8), move, spread, ts, HORIZONS_NS[h])
+    for gains in ("gain", "member_gain"):
+        adjust(table, gains)
+    return {"table": table, "decisions": len(sample["ts"]), "claims": claims(table), "member_claims": claims(table, "member_gain")}
 
 
-def claims(table: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What may be said: instrument and horizon where the intervals of the ensemble's gains over all baselines lie above zero."""
+def _test(
+    row: dict[str, Any], ours: F64, rivals: Mapping[str, F64], votes: Mapping[str, NDArray[Any]], y: I8, ts: I64, h: int, seed: int
+) -> None:
+    """Enter into `row` what is gained over each baseline and each member, with its test, and the model confidence set."""
+    loss, width = log_loss(ours, y), HORIZONS_NS[h]
+    losses, cover = {"ensemble": loss}, np.ones(len(y), np.bool_)
+    row["gain"], row["member_gain"] = {}, {}
+    for name, p in rivals.items():
+        losses[name] = log_loss(p, y)
+        row["gain"][name] = _gain(losses[name] - loss, ts, width, seed)
+    for name, vote in votes.items():
+        voted = np.isfinite(vote).all(axis=1)
+        if not voted.any():
+            continue
+        other = np.full(len(y), np.nan)
+        other[voted] = log_loss(vote[voted].astype(np.float64), y[voted])
+        row["member_gain"][name] = _gain((other - loss)[voted], ts[voted], width, seed)
+        if voted.mean() >= 0.5:
+            losses[name], cover = other, cover & voted
+    row["mcs"] = confidence_set(np.stack([v[cover] for v in losses.values()], axis=1), ts[cover], width, list(losses), seed=seed)
+
+
+def _gain(d: F64, ts: I64, horizon_ns: int, seed: int) -> dict[str, Any]:
+    test = mean_test(d, ts, horizon_ns)
+    return {"mean": float(d.mean()), "interval": list(block_bootstrap(d, ts, 2 * horizon_ns, seed)), "t": test.t, "p": test.p}
+
+
+def adjust(table: Sequence[dict[str, Any]], gains: str = "gain") -> None:
+    """Set `p_holm` of every gain: adjusted over instruments x horizons x rivals, of the rows with enough labels; 1 in the others."""
+    enough = [r["verdict"] == "sufficient" for r in table]
+    family = [g for r, e in zip(table, enough) if e for g in (r.get(gains) or {}).values()]
+    for g, p in zip(family, holm([g["p"] for g in family])):
+        g["p_holm"] = float(p)
+    for r, e in zip(table, enough):
+        for g in (r.get(gains) or {}).values() if not e else ():
+            g["p_holm"] = 1.0
+
+
+def claims(table: Sequence[Mapping[str, Any]], gains: str = "gain") -> list[str]:
+    """What may be said: instrument and horizon where the ensemble gains over every rival.
+
+    Each gain's interval lies above zero and its Holm-adjusted p is below :data:`significance.ALPHA`, so that of all that is claimed of a
+    market without anything to find, something is wrong in 2.5 % of the cases at most.
+    """
     out = []
     for row in table:
-        gain = row.get("gain") or {}
-        if row["verdict"] == "sufficient" and gain and all(g["interval"][0] > 0 for g in gain.values()):
+        gain = row.get(gains) or {}
+        shown = (g["interval"][0] > 0 and g.get("p_holm", 1.0) < ALPHA for g in gain.values())
+        if row["verdict"] == "sufficient" and gain and all(shown):
             out.append(f"{row['instrument']} {row['horizon']}: better log-loss than {', '.join(gain)}")
     return out
 
 
 def lines(scores: Mapping[str, Any]) -> list[str]:
-    """The table as text, one line for each instrument and horizon."""
+    """The scores as text: a line for each instrument and horizon, then, where there are baselines, one with the tests of each."""
     head = ("labels", 8), ("log-loss", 10), ("best baseline", 15), ("macro-F1", 10), ("ECE", 7), ("pays", 7)
     out = [f"{'instrument':<22}{'horizon':<9}" + "".join(f"{name:>{w}}" for name, w in head) + "  verdict"]
     for r in scores["table"]:
@@ -308,6 +356,22 @@ def lines(scores: Mapping[str, Any]) -> list[str]:
             best = min((b["log_loss"] for b in r.get("baselines", {}).values()), default=float("nan"))
             cells[1:] = f"{e['log_loss']:.4f}", f"{best:.4f}", f"{e['macro_f1']:.3f}", f"{e['ece']:.3f}", f"{r['pays']:.2f}"
         out.append(f"{r['instrument']:<22}{r['horizon']:<9}" + "".join(f"{c:>{w}}" for c, (_, w) in zip(cells, head)) + f"  {r['verdict']}")
+    tested = [r for r in scores["table"] if r.get("gain")]
+    if tested:
+        out.append(f"{'instrument':<22}{'horizon':<9}{'least gain, Holm p':<35}{'over members':<30}  3 of 5 less plain, p")
+    for r in tested:
+        a, gains = r["agreement"], []
+        for kind in ("gain", "member_gain"):
+            name, g = min(r[kind].items(), key=lambda x: x[1]["mean"], default=("", None))
+            gains.append(f"{g['mean']:+.4f} {g['p_holm']:.3f} {name[:18]}" if g else "-")
+        rule = f"{a['difference']:+.3f} {a['p']:.3f}" if "p" in a else "-"
+        out.append(f"{r['instrument']:<22}{r['horizon']:<9}{gains[0]:<35}{gains[1]:<30}  {rule}")
+    sets = [r for r in tested if r["mcs"]["p"]]
+    out += [f"{r['instrument']:<22}{r['horizon']:<9}may be the best: {', '.join(r['mcs']['included'])}" for r in sets]
+    for kind, rivals in (("claims", "baseline"), ("member_claims", "member")):
+        shown = [c.partition(":")[0] for c in scores.get(kind, ())]
+        if tested:
+            out.append(f"beats every {rivals}: " + (", ".join(shown) if shown else "nowhere, by Holm-adjusted tests"))
     return out
 
 

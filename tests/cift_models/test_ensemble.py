@@ -22,6 +22,7 @@ from cift_models.ensemble import (
     learning_rates,
     member_class,
     recommend,
+    trust_in,
 )  # fmt: skip
 from cift_models.hmm import POSITION
 from cift_models.labels import H, Outcomes
@@ -239,6 +240,28 @@ def test_learning_rates_count_overlapping_labels_once():
     assert eta == pytest.approx([1.0, 0.1, 0.01], rel=0.12)
     assert learning_rates(ts[::4], np.zeros(250, np.int64), horizons, 4)[1:] == pytest.approx([0.1, 0.01], rel=0.25)
     assert learning_rates(NONE, NONE, (1,)).tolist() == [1.0]
+
+
+def test_trust_is_what_the_past_bears_out_and_no_more():
+    rng = np.random.default_rng(3)
+    expected = rng.normal(size=4_000)
+    true = expected + rng.normal(scale=2.0, size=4_000)
+    slope = np.polynomial.polynomial.polyfit(expected, true, [1])[1]
+    error = np.sqrt(np.mean((true - slope * expected) ** 2) / (expected @ expected))
+    assert trust_in(expected, true, 4_000) == pytest.approx(slope - error, abs=1e-9)
+    assert trust_in(expected, true, 40) == pytest.approx(slope - 10 * error, abs=1e-9), "overlapping labels are worth fewer"
+    assert trust_in(3 * expected, true, 4_000) == pytest.approx((slope - error) / 3, abs=1e-9), "boasting is discounted"
+    assert trust_in(expected, -true, 4_000) == trust_in(expected, true, 1) == trust_in(0 * expected, true, 4_000) == 0.0
+    assert trust_in(expected, 5 * true, 4_000) == 1.0
+    gaps = np.where(rng.random(4_000) < 0.5, np.nan, true)
+    assert 0 < trust_in(expected, gaps, 4_000) < trust_in(expected, true, 4_000) + 0.1
+
+
+def test_a_horizon_that_is_not_trusted_expects_no_move():
+    e = ensemble()
+    e.trust = np.array([0.0, 0.5, 1.0, 1.0])
+    plain = one(ensemble(), [UP] * 5)[1]
+    np.testing.assert_array_equal(one(e, [UP] * 5)[1], plain * e.trust)
 
 
 def test_the_confidence_threshold_keeps_the_decisions_that_paid():
