@@ -59,8 +59,7 @@ FEATURES: Final = (
     Feature("spread", "ticks", _SHAPE, "best ask - best bid", "huang1997"),
     Feature(
         "spread_percentile", "share", _SHAPE,
-        "mid-rank of the spread, in whole ticks from 0 to 127, among those at the latest 1,024 events with two sides, this one "
-        "included",
+        "mid-rank of the spread, in whole ticks from 0 to 127, among those of the latest 1,024 settled books",
         "huang1997",
     ),
     Feature("imbalance_1", "-1..1", _SHAPE, "(b - a) / (b + a) of the sizes at the best bid and ask", "gould2016"),
@@ -125,7 +124,7 @@ FEATURES: Final = (
     Feature(
         "microprice", "ticks", _SHAPE,
         "limit of the expected mid given imbalance and spread, minus mid: G = (R + D G) / (n + 10) over 15 states (5 buckets of "
-        "|imbalance|, spread of 1, 2, more ticks; bid and ask pooled by symmetry) of the quote changes seen so far, one row of G "
+        "|imbalance|, spread of 1, 2, more ticks; bid and ask pooled by symmetry) of the changes of settled quotes so far, one row of G "
         "solved again at each (asynchronous value iteration); mid moves beyond 100 ticks count as 100; NaN while bid >= ask",
         "stoikov2018",
     ),
@@ -217,8 +216,8 @@ FEATURES: Final = (
         "mean of |mid change| / volume over the same groups, times the mean trade size there",
         "amihud2002",
     ),
-    Feature("return_16e", "ticks", _PRICE, "mid minus mid 16 events with two sides ago", "dacorogna2001"),
-    Feature("return_128e", "ticks", _PRICE, "mid minus mid 128 events with two sides ago", "dacorogna2001"),
+    Feature("return_16e", "ticks", _PRICE, "mid minus that of the settled book 16 before", "dacorogna2001"),
+    Feature("return_128e", "ticks", _PRICE, "mid minus that of the settled book 128 before", "dacorogna2001"),
     Feature(
         "return_1s", "ticks", _PRICE,
         "mid minus the last mid before a point of the 125 ms grid, 1 s before the end of the current cell",
@@ -275,8 +274,14 @@ def features_markdown() -> str:
         "One row after each event, from the past alone. Made by `python -m cift_models features`; do not edit.",
         "",
         f"{len(FEATURES)} columns of float64. Needs: 1 best bid and offer with trades, 2 price levels, 3 individual orders. On a lesser feed,",
-        "and where book or history cannot tell, a value is NaN; none is ever infinite. Half-lives in seconds run by `ts_init`. Columns",
-        "in italics are references, not model inputs. Records of a snapshot change the book and count as no flow.",
+        "and where book or history cannot tell, a value is NaN; none is ever infinite. Columns in italics are references, not model inputs.",
+        "",
+        "Half-lives in seconds run by `ts_init`, those in events by records, those in trades by trades with an aggressor. The records of one",
+        "`ts_event` are one event of the venue; a feed of levels sends many records for it, and the book between them never was. So all that",
+        "rolls or decays takes *settled* books: those that changed in their best ten levels, once the next venue event has begun, with two",
+        "sides and not crossed; the row itself compares the book as it is now with these. Mid changes, returns and ranges run over settled",
+        "mids, order flow from settled book to settled book and on to the present one. Records of a snapshot change the book and are no flow.",
+        "Prices are in ticks, sizes relative: no model input knows the instrument's price, tick or lot.",
     ]
     for group in dict.fromkeys(f.group for f in FEATURES):
         lines += ["", f"## {group.capitalize()}", "", "| name | unit | needs | definition | source |", "|---|---|---|---|---|"]

@@ -19,6 +19,7 @@ from numba import njit
 
 import catalog.book
 from catalog.book import ADDED, BASE, CAP, EVENTS, FAR, FEED, HEAD, LEVELS, MAX, REMOVED, TOUCH, UNTIL  # isort: split
+
 from catalog.book import Array, apply, by_instrument, mended, new_book, room
 from catalog.events import F_SNAPSHOT, TRADE, Instrument, session_bounds
 from cift_models.feature_table import FEATURES, INPUTS, NAMES, features_markdown
@@ -312,17 +313,22 @@ def _learn(s: Array, f: Array) -> None:
 
 @njit(cache=True, error_model="numpy")
 def _settle(s: Array, f: Array) -> None:
-    """The venue's event is over: its book goes into all that rolls and decays, unless a side is missing or it is crossed."""
-    if s[S.dirty] < 5:
-        f[S.ofi_fast] += f[S.flow]
-        f[S.ofi_slow] += f[S.flow]
-        f[S.ofi_events] += f[S.flow]
-        for m in range(5):
-            f[S.ofi + m] += f[S.flow + m]
-            f[S.flow + m] = 0.0
-        for j in range(20):
-            f[S.settled_keys + j] = f[S.keys + j]
-    s[S.dirty], s[S.restored], s[S.changed], s[S.was_sound] = FAR, 0, 1, s[S.sound]
+    """The venue's event is over: if the best ten levels changed, the book goes into all that rolls and decays.
+
+    A book without two sides, or crossed, does not, but flow starts anew behind it.
+    """
+    s[S.restored] = 0
+    if s[S.dirty] > 9:
+        return
+    f[S.ofi_fast] += f[S.flow]
+    f[S.ofi_slow] += f[S.flow]
+    f[S.ofi_events] += f[S.flow]
+    for m in range(5):
+        f[S.ofi + m] += f[S.flow + m]
+        f[S.flow + m] = 0.0
+    for j in range(20):
+        f[S.settled_keys + j] = f[S.keys + j]
+    s[S.dirty], s[S.changed], s[S.was_sound] = FAR, 1, s[S.sound]
     if not s[S.sound]:
         s[S.was_quote] = -1
         return
@@ -513,13 +519,20 @@ def _step(s: Array, f: Array, u: Array, events: Array, j: Any, out: Array, i: An
 
 @njit(cache=True, error_model="numpy")
 def step(state: Array, events: Array, i: Any, out: Array) -> None:
-    """Advance `state` (the words of a :class:`State`) by `events[i]` and write row `out[i]`. State.advance sees to room and sessions."""
+    """Advance `state` (the words of a :class:`State`) by `events[i]` and write row `out[i]`.
+
+    It neither makes room for orders (MemoryError where there is none) nor opens sessions: State.advance does.
+    """
+    if not room(state):
+        raise MemoryError("no room for another order: State.advance makes it")
     _step(state, state.view(np.float64), state.view(np.uint64), events, i, out, i)
 
 
 def _compiled(source: int) -> Callable[..., int]:
     @njit(cache=True, error_model="numpy")
     def run(s, events, rows, start, stop, out):  # type: ignore[no-untyped-def]
+        if out.shape[1] != F or len(out) < len(events):
+            raise ValueError("out must have a row for each event and a column for each feature")
         f, u = s.view(np.float64), s.view(np.uint64)
         for i in range(start, stop if source else 0):
             j = rows[i]

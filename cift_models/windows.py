@@ -45,6 +45,8 @@ def _closes(state: Any, ts: Any, instrument: Any, out: Any) -> Any:
     m = 0
     for i in range(len(ts)):
         k = instrument[i]
+        if k >= len(state):
+            raise IndexError("an event of an instrument that is not in the table")
         if state[k, 0] == 0:
             state[k, 1] = ts[i]
         state[k, 0] += 1
@@ -56,7 +58,10 @@ def _closes(state: Any, ts: Any, instrument: Any, out: Any) -> Any:
 
 
 def closes(state: NDArray[np.int64], events: NDArray[np.void]) -> NDArray[np.int64]:
-    """Indices (m,), ascending, of the events that close a batch of their own instrument; `state` is advanced in place."""
+    """Indices (m,), ascending, of the events that close a batch of their own instrument; `state` is advanced in place.
+
+    Raises IndexError for an instrument that `state` has no row for.
+    """
     out = np.empty(len(events), np.int64)
     return out[: _closes(state, events["ts_init"], events["instrument"], out)]
 
@@ -100,6 +105,8 @@ def _push(ts: Any, inst: Any, rows: Any, columns: Any, closes: Any, wanted: Any,
     c = m = 0
     for i in range(len(ts)):
         k, t = inst[i], ts[i]
+        if k >= len(last):
+            raise IndexError("an event of an instrument that is not in the table")
         for w, width in ((1, SECOND), (2, 60 * SECOND)):
             cell = t // width
             if last_ts[k] == 0:
@@ -136,7 +143,13 @@ class History:
         self._last_ts = np.zeros(instruments, np.int64)
 
     def push(self, block: Block, wanted: NDArray[np.bool_] | None = None) -> Views:
-        """Advance over the block; the windows at its closes, or at those of them that are `wanted` (m,), in order."""
+        """Advance over the block; the windows at its closes, or at those of them that are `wanted` (m,), in order.
+
+        Raises IndexError for an instrument or a column that is not there.
+        """
+        n = max(self.columns, default=-1)
+        if n >= block.rows.shape[1]:
+            raise IndexError(f"column {n} is wanted, the rows have {block.rows.shape[1]}")
         wanted = np.ones(len(block.closes), np.bool_) if wanted is None else wanted
         m, c = int(wanted.sum()), len(self.columns)
         values = tuple(np.empty((m, n, c), np.float32) for n in (TICKS, SECONDS, MINUTES))

@@ -434,7 +434,6 @@ def _run(
     instruments = p.instruments
     n, since = len(instruments), p.split + 1
     engine = Engine.load(artifact, instruments, config.members)
-    engine._learn_from = since  # what was voted in sample teaches nothing
     manifest = artifacts.read(artifact).manifest
     trained = [manifest["instruments"].index(x.id) for x in instruments]
     baselines, threshold = Baselines.load(artifact).only(trained), engine.ensemble.threshold[trained]

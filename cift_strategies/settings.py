@@ -1,0 +1,25 @@
+"""What the user may set about the strategy; apart from it, so that a command line starts without Nautilus."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Settings(BaseModel):
+    """What the strategy asks of a prediction before it trades, and how it leaves."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min_edge_ticks: Annotated[float, Field(ge=0)] = 0.1  # expected move beyond all costs
+    min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.0
+    max_spread_ticks: Annotated[float, Field(gt=0)] = 5.0
+    stale_ms: Annotated[float, Field(gt=0)] = 2_000.0  # a book older than this is not traded on
+    stop_multiple: Annotated[float, Field(gt=0)] = 2.0  # of the expected |move|
+    target_multiple: Annotated[float, Field(gt=0)] = 2.0
+    min_stop_ticks: Annotated[int, Field(ge=1)] = 3  # beyond the spread
+    renew: bool = True  # keep a position for another horizon while `renew_ticks` are still expected along it
+    renew_ticks: Annotated[float, Field(ge=0)] = 0.25
+    max_hold_s: Annotated[float, Field(gt=0)] = 300.0
+    flat_before_close_s: Annotated[float, Field(ge=0)] = 10.0  # the session's, or the data's end

@@ -1,0 +1,419 @@
+"""The strategy: predictions in, bracketed orders out. The only file that submits orders.
+
+A prediction becomes an entry when its expected move pays for the spread and the fees of both ways. The entry is a limit order for
+immediate execution, bounded by the price at which the move would still pay; a stop and a target go with it (one bracket); what is left is
+closed at the horizon, before the session ends, and at once when a stop could not be placed. One position per instrument.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, cast
+
+from nautilus_trader.model import (
+    ClientOrderId,
+    InstrumentId,
+    OrderSide,
+    OrderType,
+    Price,
+    Quantity,
+    StrategyId,
+    TimeInForce,
+)
+from nautilus_trader.trading import Strategy, StrategyConfig
+
+from catalog.events import SCALE, Instrument, session_bounds
+from cift_models.features import NAMES
+from cift_strategies.faults import Faults, guarded
+from cift_strategies.messages import FEATURES, PREDICTIONS, SIGNALS, FeatureVector, Prediction, Signal
+from cift_strategies.risk import Ledger, Limits
+from cift_strategies.settings import Settings
+from cift_strategies.translate import UNIT
+
+MID: Final = NAMES.index("mid")
+SPREAD: Final = NAMES.index("spread")
+MARK_EVERY_NS: Final = SCALE  # of open positions, for the equity curve
+RETRY_NS: Final = 100_000_000  # before another attempt to leave a position
+ATTEMPTS: Final = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a runner tells the strategy about the run."""
+
+    instruments: Sequence[Instrument]
+    settings: Settings
+    limits: Limits
+    regimes: Sequence[str] = ()
+    act_from: int = 0  # predictions made before this are not acted upon, ns
+    ends: Mapping[int, int] = field(default_factory=dict)  # instrument -> when its data ends, where that is known, ns
+    order_latency_ns: int = 0  # of a simulated venue: orders are woken at arrival; 0 where the venue answers by itself
+    faults: Faults = field(default_factory=Faults)
+
+
+@dataclass(slots=True)
+class Trade:
+    """One entry and what became of it."""
+
+    number: int
+    signal: Signal
+    decided_mid: float
+    ids: dict[str, ClientOrderId]  # role -> order
+    until: int = 0  # when it is closed, unless renewed, ns
+    opened: int = 0
+    peak: int = 0  # largest size, 1e-9 units
+    bought: float = 0.0  # price x units, entry side
+    sold: float = 0.0  # price x units, exits
+    units_in: float = 0.0
+    units_out: float = 0.0
+    fees: float = 0.0
+    leaving: str = ""  # why it is being closed
+    attempts: int = 0
+    last_exit: str = ""  # role of the newest closing fill
+
+
+@guarded
+class EnsembleStrategy(Strategy):
+    """Trades predictions. Override :meth:`decide` for rules of one's own: it gets every prediction, and what it returns is traded."""
+
+    def __init_subclass__(cls) -> None:
+        guarded(cls)
+
+    def __new__(cls, *_args: Any) -> EnsembleStrategy:
+        return super().__new__(cls)
+
+    def __init__(self, terms: Terms) -> None:
+        super().__init__(StrategyConfig(strategy_id=StrategyId("CIFT-001"), log_events=False, log_commands=False))
+        self.terms, self.faults, self.settings = terms, terms.faults, terms.settings
+        self.ledger = Ledger(terms.instruments, terms.limits)
+        n = len(terms.instruments)
+        self.ids = [InstrumentId.from_str(x.id) for x in terms.instruments]
+        self.last: list[FeatureVector | None] = [None] * n
+        self.touch = [0] * n  # the smaller of the sizes at the best bid and ask, 1e-9 units, at the last close of a batch
+        self.trades: list[Trade | None] = [None] * n
+        self.hours: list[tuple[int, int]] = [(0, 0)] * n
+        self.decisions: Counter[str] = Counter()
+        self.orders: dict[ClientOrderId, tuple[int, str, int]] = {}  # -> trade, role, running number
+        self.order_types: Counter[str] = Counter()
+        self.fills: list[tuple[Any, ...]] = []
+        self.positions: list[tuple[Any, ...]] = []
+        self.equity: list[tuple[int, str, float]] = []
+        self.signals = 0
+        self._next_mark = 0
+        self._alerts = 0
+        self._digest = hashlib.sha256()
+
+    # --- what comes in ----------------------------------------------------------------------------------------------------------------
+
+    def on_start(self) -> None:
+        self.subscribe_topic(FEATURES, self.on_features)
+        self.subscribe_topic(PREDICTIONS, self.on_prediction)
+
+    def on_features(self, message: object) -> None:
+        vector = cast(FeatureVector, message)
+        k = vector.instrument
+        self.last[k] = vector
+        if vector.closes:
+            self.touch[k] = min(vector.touch)
+        if vector.ts >= self._next_mark and self.trades[k] is not None:
+            self._next_mark = vector.ts + MARK_EVERY_NS
+            self._mark(k, float(vector.rows[-1, MID]), vector.ts)
+
+    def on_prediction(self, message: object) -> None:
+        prediction = cast(Prediction, message)
+        trade = self.trades[prediction.instrument]
+        if trade is not None and not trade.leaving:
+            self.renew(trade, prediction)
+        signal = self.decide(prediction)
+        if signal is not None:
+            self.enter(signal)
+
+    # --- deciding ---------------------------------------------------------------------------------------------------------------------
+
+    def decide(self, p: Prediction) -> Signal | None:
+        """The entry that `p` justifies, or None; every refusal is counted in `decisions` with its reason."""
+        if p.ts < self.terms.act_from:
+            return self._decline("before the split")
+        if not any(p.direction):
+            return self._decline("abstains")
+        if self.trades[p.instrument] is not None:
+            return self._decline("in a position")
+        k, now = p.instrument, self.clock.timestamp_ns()
+        vector = self.last[k]
+        if vector is None or now - vector.ts > self.settings.stale_ms * 1e6:
+            return self._decline("book is stale")
+        mid, spread = float(vector.rows[-1, MID]), float(vector.rows[-1, SPREAD])
+        if not math.isfinite(mid):
+            return self._decline("book has one side")
+        if spread <= 0:
+            return self._decline("book is crossed")
+        if spread > self.settings.max_spread_ticks:
+            return self._decline("spread too wide")
+        if reason := self.ledger.halted(k, now):
+            return self._decline(reason)
+        return self._best(p, k, now, mid, spread)
+
+    def _best(self, p: Prediction, k: int, now: int, mid: float, spread: float) -> Signal | None:
+        x, s = self.terms.instruments[k], self.settings
+        tick = x.tick / SCALE
+        cost = spread + 2 * (x.taker_fee * mid + x.fee_per_unit / x.multiplier) / tick
+        best, at = -math.inf, -1
+        reason = "abstains"
+        for h, side in enumerate(p.direction):
+            if not side or not p.confidence[h] >= s.min_confidence:
+                continue
+            edge = side * expected_ticks(p, h) - cost
+            if not self._open_for(k, now + p.horizons_ns[h]):
+                reason = "session ends"
+            elif edge > best:
+                best, at = edge, h
+        if at < 0:
+            return self._decline(reason)
+        if not best > s.min_edge_ticks:
+            return self._decline("move does not pay the costs")
+        side, scale = p.direction[at], float(p.magnitude[at])
+        half = round(spread * x.tick / 2)
+        middle = round(mid * SCALE)
+        touch = middle + side * half
+        limit = touch + side * int(best - s.min_edge_ticks) * x.tick
+        far = middle - side * half  # where one would get out
+        distance = max(math.ceil(s.stop_multiple * scale), s.min_stop_ticks + math.ceil(spread)) * x.tick
+        stop = _on_tick(touch - side * distance, x.tick)
+        target = _on_tick(touch + side * max(math.ceil(s.target_multiple * scale), 1) * x.tick, x.tick)
+        regime = self.terms.regimes[p.regime] if 0 <= p.regime < len(self.terms.regimes) else "unknown"
+        if self.terms.limits.regime_scale.get(regime, 1.0) == 0.0:
+            return self._decline(f"regime {regime}")
+        size = self.ledger.size(k, mid, abs(touch - stop) / SCALE, regime, self.touch[k] / SCALE)
+        if size <= 0:
+            return self._decline("size is zero")
+        if side * (far - stop) <= 0 or stop <= 0:
+            return self._decline("no room for a stop")
+        return Signal(
+            instrument=k, ts=now, predicted_at=p.ts, side=side, size=size, horizon_ns=p.horizons_ns[at], expected_ticks=best + cost,
+            cost_ticks=cost, confidence=float(p.confidence[at]), regime=p.regime, limit=_on_tick(limit, x.tick), stop=stop, target=target,
+        )  # fmt: skip
+
+    def _decline(self, reason: str) -> Signal | None:
+        self.decisions[reason] += 1
+        return None
+
+    def _open_for(self, k: int, until: int) -> bool:
+        """Whether instrument `k` trades from now until `until`, with `flat_before_close_s` to spare."""
+        return until <= self._flat_at(k, self.clock.timestamp_ns())
+
+    def _flat_at(self, k: int, now: int) -> int:
+        """When a position opened now has to be closed at the latest, ns; 0 outside the session."""
+        margin = int(self.settings.flat_before_close_s * SCALE)
+        end = self.terms.ends.get(k, 2**63 - 1)
+        session = self.terms.instruments[k].session
+        if session is not None:
+            if now >= self.hours[k][1]:
+                self.hours[k] = session_bounds(session, now)
+            opens, closes = self.hours[k]
+            if now < opens:
+                return 0
+            end = min(end, closes)
+        return end - margin
+
+    # --- orders -----------------------------------------------------------------------------------------------------------------------
+
+    def enter(self, signal: Signal) -> None:
+        """Send the bracket of `signal`: entry (limit, immediate or cancel), stop and target."""
+        k, x = signal.instrument, self.terms.instruments[signal.instrument]
+        if self.trades[k] is not None:
+            self._decline("in a position")
+            return
+        orders = self.order_factory.bracket(
+            self.ids[k], OrderSide.BUY if signal.side > 0 else OrderSide.SELL, self._quantity(x, signal.size),
+            entry_order_type=OrderType.LIMIT, entry_price=self._price(x, signal.limit), time_in_force=TimeInForce.IOC,
+            tp_price=self._price(x, signal.target), tp_post_only=False, sl_trigger_price=self._price(x, signal.stop),
+        )  # fmt: skip
+        roles = ("entry", "stop", "target")
+        vector = self.last[k]
+        mid = math.nan if vector is None else float(vector.rows[-1, MID])
+        ids = {role: order.client_order_id for role, order in zip(roles, orders)}
+        trade = self.trades[k] = Trade(self.signals, signal, mid, ids, signal.ts + signal.horizon_ns)
+        self.signals += 1
+        for role, order in zip(roles, orders):
+            self._register(order.client_order_id, k, role)
+        self.decisions["entered"] += 1
+        self.publish_message(SIGNALS, signal)
+        self.submit_order_list(orders)
+        self._wake()
+        self._at(trade.until, lambda: self._time_exit(k, trade))
+
+    def renew(self, trade: Trade, p: Prediction) -> None:
+        """Keep the position for another horizon from now when `p` still expects `renew_ticks` along it: getting out and in again costs."""
+        s, signal = self.settings, trade.signal
+        if not s.renew or signal.horizon_ns not in p.horizons_ns:
+            return
+        if signal.side * expected_ticks(p, p.horizons_ns.index(signal.horizon_ns)) >= s.renew_ticks:
+            now = self.clock.timestamp_ns()
+            until = min(now + signal.horizon_ns, signal.ts + int(s.max_hold_s * SCALE), self._flat_at(p.instrument, now))
+            trade.until = max(trade.until, until)
+
+    def leave(self, k: int, reason: str) -> None:
+        """Cancel what rests in instrument `k` and close the position at the market."""
+        trade = self.trades[k]
+        if trade is None:
+            return
+        if trade.leaving and self._working(trade, "exit"):
+            return
+        trade.leaving = trade.leaving or reason
+        for role in ("entry", "stop", "target"):
+            if self._working(trade, role) and not self.cache.is_order_pending_cancel_local(trade.ids[role]):
+                self.cancel_order(trade.ids[role])
+        size = self.ledger.positions[k].size
+        if size:
+            trade.attempts += 1
+            if trade.attempts > ATTEMPTS:
+                self.decisions["could not be closed"] += 1
+                return
+            x = self.terms.instruments[k]
+            order = self.order_factory.market(
+                self.ids[k], OrderSide.SELL if size > 0 else OrderSide.BUY, self._quantity(x, abs(size)), reduce_only=True
+            )
+            trade.ids["exit"] = order.client_order_id
+            self._register(order.client_order_id, k, "exit")
+            self.submit_order(order)
+        self._wake()
+
+    def _time_exit(self, k: int, trade: Trade) -> None:
+        if self.trades[k] is trade and not trade.leaving:
+            if trade.until > self.clock.timestamp_ns():
+                self._at(trade.until, lambda: self._time_exit(k, trade))
+            else:
+                self.leave(k, "horizon")
+
+    def _working(self, trade: Trade, role: str) -> bool:
+        return role in trade.ids and not self.cache.is_order_closed(trade.ids[role])
+
+    def _register(self, order_id: ClientOrderId, k: int, role: str) -> None:
+        self.orders[order_id] = (k, role, len(self.orders))
+
+    def _wake(self) -> None:
+        """A simulated venue looks at an order in flight at its next event; an alert at its arrival makes that exact."""
+        if self.terms.order_latency_ns:
+            self._at(self.clock.timestamp_ns() + self.terms.order_latency_ns, lambda: None)
+
+    def _at(self, ts: int, action: Any) -> None:
+        self._alerts += 1
+        call = self.faults.guard(lambda _event: action())
+        self.clock.set_time_alert_ns(f"cift-{self._alerts}", ts, callback=call)
+
+    def _price(self, x: Instrument, value: int) -> Price:
+        return Price.from_raw(value * UNIT, x.price_precision)
+
+    def _quantity(self, x: Instrument, value: int) -> Quantity:
+        return Quantity.from_raw(value * UNIT, x.size_precision)
+
+    # --- what became of them ----------------------------------------------------------------------------------------------------------
+
+    def on_order_event(self, event: Any) -> None:
+        kind, order_id = type(event).__name__, event.client_order_id
+        k, role, number = self.orders[order_id]
+        self.order_types[kind] += 1
+        self._note(kind, number, role, event)
+        if kind == "OrderFilled":
+            self._filled(k, role, number, event)
+        elif kind in ("OrderRejected", "OrderDenied") and role != "exit":
+            self.decisions[f"{role} {'rejected' if kind == 'OrderRejected' else 'denied'}"] += 1
+        if kind in _CLOSING:
+            self._settle(k)
+
+    def _note(self, kind: str, number: int, role: str, event: Any) -> None:
+        """Into the digest goes all that does not depend on the run: no ids, no wall clock."""
+        parts = [kind, str(number), role, str(event.instrument_id), str(event.ts_event)]
+        parts += [str(v) for name in _TOLD if (v := getattr(event, name, None)) is not None]
+        self._digest.update(("|".join(parts) + "\n").encode())
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the ordered order events without run-dependent ids."""
+        return self._digest.hexdigest()
+
+    def _filled(self, k: int, role: str, number: int, event: Any) -> None:
+        x, trade = self.terms.instruments[k], self.trades[k]
+        side = 1 if event.order_side == OrderSide.BUY else -1
+        size, price = event.last_qty.raw // UNIT, event.last_px.raw / UNIT / SCALE
+        fee = event.commission.as_double() if event.commission is not None else 0.0
+        ts, units = event.ts_event, size / SCALE
+        vector = self.last[k]
+        mid = math.nan if vector is None else float(vector.rows[-1, MID])
+        self.ledger.positions[k].fill(side, size, price, fee, x.multiplier)
+        self._mark(k, mid, ts)
+        decided, trade_number = math.nan, -1
+        if trade is not None:
+            decided, trade_number = trade.decided_mid, trade.number
+            trade.fees += fee
+            if role == "entry":
+                trade.opened = trade.opened or ts
+                trade.bought += price * units
+                trade.units_in += units
+                trade.peak = max(trade.peak, abs(self.ledger.positions[k].size))
+            else:
+                trade.sold += price * units
+                trade.units_out += units
+                trade.last_exit = role
+        maker = str(event.liquidity_side).rsplit(".", 1)[-1].lower()
+        self.fills.append((
+            ts, x.id, number, trade_number, role, side, price, units, fee, x.currency, maker, mid, decided, x.tick / SCALE * x.multiplier,
+        ))  # fmt: skip
+
+    def _settle(self, k: int) -> None:
+        """After an order has ended: is the trade over, or is a position left without protection?"""
+        trade = self.trades[k]
+        if trade is None or self._working(trade, "entry"):
+            return
+        size = self.ledger.positions[k].size
+        if size:
+            if not self._working(trade, "exit") and (trade.leaving or not self._working(trade, "stop")):
+                if trade.leaving:
+                    self._at(self.clock.timestamp_ns() + RETRY_NS, lambda: self._again(k, trade))
+                else:
+                    self.leave(k, "unprotected")
+            return
+        if any(self._working(trade, role) for role in ("stop", "target", "exit")):
+            self.leave(k, trade.leaving or "closed")
+            return
+        self._close(k, trade)
+
+    def _again(self, k: int, trade: Trade) -> None:
+        if self.trades[k] is trade:
+            self.leave(k, trade.leaving)
+
+    def _close(self, k: int, trade: Trade) -> None:
+        self.trades[k] = None
+        if not trade.units_in:
+            self.decisions["entry not filled"] += 1
+            return
+        x, s = self.terms.instruments[k], trade.signal
+        gross = s.side * (trade.sold - trade.bought) * x.multiplier
+        by = trade.leaving if trade.last_exit == "exit" else trade.last_exit
+        self.positions.append((
+            trade.number, x.id, trade.opened, self.clock.timestamp_ns(), s.side, trade.units_in, trade.bought / trade.units_in,
+            trade.sold / trade.units_out, gross, trade.fees, gross - trade.fees, x.currency, s.horizon_ns, s.regime, s.confidence,
+            s.expected_ticks, s.cost_ticks, by,
+        ))  # fmt: skip
+        self._mark(k, math.nan, self.clock.timestamp_ns())
+
+    def _mark(self, k: int, mid: float, ts: int) -> None:
+        self.equity.append((ts, self.terms.instruments[k].currency, self.ledger.mark(k, mid, ts)))
+
+
+_TOLD: Final = ("order_side", "quantity", "price", "trigger_price", "last_qty", "last_px", "commission", "liquidity_side")
+_CLOSING: Final = frozenset({"OrderFilled", "OrderCanceled", "OrderRejected", "OrderDenied", "OrderExpired"})
+
+
+def expected_ticks(p: Prediction, h: int) -> float:
+    """Expected mid move over horizon `h`, ticks: E|move| x (P(up) - P(down)) / (P(up) + P(down)); the sign is the side."""
+    down, _, up = (float(v) for v in p.proba[h])
+    return float(p.magnitude[h]) * (up - down) / (up + down) if up + down > 0 else 0.0
+
+
+def _on_tick(value: int, tick: int) -> int:
+    return round(value / tick) * tick

@@ -1,0 +1,168 @@
+"""Wires actors and strategy once, for every runner; builds engines and nodes. The only file that constructs them.
+
+A moved or renamed constructor of NautilusTrader touches this place alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nautilus_trader.backtest import (
+    BacktestDataConfig,
+    BacktestEngineConfig,
+    BacktestNode,
+    BacktestRunConfig,
+    BacktestVenueConfig,
+)
+from nautilus_trader.common import LoggerConfig, LogLevel
+from nautilus_trader.execution import FeeModel, StaticLatencyModel
+from nautilus_trader.model import BookType, Currency, InstrumentId, LiquiditySide, Money, NautilusDataType
+
+from catalog.errors import InputError
+from catalog.events import Instrument, catalog_counts
+from cift_strategies.faults import Faults
+from cift_strategies.feature_actor import FeatureActor
+from cift_strategies.inference_actor import InferenceActor, Predictor
+from cift_strategies.strategy import EnsembleStrategy, Terms
+
+if TYPE_CHECKING:
+    from nautilus_trader.backtest import BacktestResult
+
+BOOKS = {3: BookType.L3_MBO, 2: BookType.L2_MBP, 1: BookType.L1_MBP}
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """The actors and the strategy of one run, in the order in which they are added."""
+
+    features: FeatureActor
+    inference: InferenceActor
+    strategy: EnsembleStrategy
+
+    def add_to(self, add_actor: Callable[[Any], object], add_strategy: Callable[[Any], object]) -> None:
+        add_actor(self.features)
+        add_actor(self.inference)
+        add_strategy(self.strategy)
+
+
+def assemble(terms: Terms, predictor: Predictor, strategy: str | None = None) -> System:
+    """The system for `terms`: `predictor` answers each batch, `strategy` ("package.module:Class") replaces ours.
+
+    Raises InputError when there is no such class or it does not extend EnsembleStrategy.
+    """
+    kind = EnsembleStrategy if strategy is None else strategy_class(strategy)
+    return System(FeatureActor(terms.instruments, terms.faults), InferenceActor(predictor, terms.faults), kind(terms))
+
+
+def strategy_class(path: str) -> type[EnsembleStrategy]:
+    """The strategy named "package.module:Class". Raises InputError, saying what is wrong with the name."""
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f'strategy "{path}" cannot be imported ({error}): write it as package.module:Class') from None
+    if not (isinstance(found, type) and issubclass(found, EnsembleStrategy)):
+        raise InputError(f'strategy "{path}" does not extend cift_strategies.strategy.EnsembleStrategy')
+    return found
+
+
+class Fees(FeeModel):
+    """Share of notional by maker and taker, plus an amount per unit; each instrument its own."""
+
+    def __new__(cls, *_args: Any) -> Fees:
+        return super().__new__(cls)
+
+    def __init__(self, instruments: Sequence[Instrument], faults: Faults) -> None:
+        self._of = {x.id: (x, Currency.from_str(x.currency)) for x in instruments}
+        self._faults = faults
+
+    def get_commission(self, order: Any, quantity: Any, price: Any, instrument: Any) -> Money:
+        x, currency = self._of[str(instrument.id)]
+        units = quantity.as_double()
+        share = x.maker_fee if order.liquidity_side == LiquiditySide.MAKER else x.taker_fee
+        return Money(share * units * price.as_double() * x.multiplier + x.fee_per_unit * units, currency)
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """Which part of a catalog is streamed, and how the simulated venue answers."""
+
+    root: Path
+    instruments: Sequence[Instrument]
+    start: int  # ns, inclusive
+    end: int  # ns, inclusive
+    capital: float
+    order_latency_ns: int
+    chunk_size: int | None = 100_000
+
+
+def venues(replay: Replay, faults: Faults) -> list[BacktestVenueConfig]:
+    """One simulated venue per venue of the instruments: their depth of book, fees, latency, and a balance per currency."""
+    found: dict[str, list[Instrument]] = {}
+    for x in replay.instruments:
+        found.setdefault(str(InstrumentId.from_str(x.id).venue), []).append(x)
+    configs = []
+    for name, traded in sorted(found.items()):
+        if len({x.level for x in traded}) > 1:
+            depths = ", ".join(f"{x.id} L{x.level}" for x in traded)
+            raise InputError(f"venue {name} has feeds of different depth ({depths}): run them apart with --symbols")
+        configs.append(
+            BacktestVenueConfig(
+                name=name,
+                oms_type="NETTING",
+                account_type="MARGIN",
+                starting_balances=[f"{replay.capital:.2f} {c}" for c in sorted({x.currency for x in traded})],
+                book_type=BOOKS[traded[0].level],
+                fee_model=Fees(traded, faults),
+                latency_model=StaticLatencyModel(base_latency_nanos=replay.order_latency_ns),
+                liquidity_consumption=True,
+                queue_position=traded[0].level > 1,
+                bar_execution=False,
+            )
+        )
+    return configs
+
+
+def data(replay: Replay) -> list[BacktestDataConfig]:
+    """What is streamed, in the order that decides at equal stamps: trades before book changes."""
+    counts = catalog_counts(replay.root, [x.id for x in replay.instruments])
+    root, configs = str(replay.root.resolve()), []
+    for kind, name in (
+        (NautilusDataType.TradeTick, "trades"),
+        (NautilusDataType.OrderBookDelta, "order_book_deltas"),
+        (NautilusDataType.QuoteTick, "quotes"),
+    ):
+        ids = [x.id for x in replay.instruments if counts.get(x.id, {}).get(name) and (x.level == 1 or name != "quotes")]
+        if ids:
+            configs.append(
+                BacktestDataConfig(
+                    kind, root, instrument_ids=[InstrumentId.from_str(i) for i in ids], start_time=replay.start, end_time=replay.end
+                )
+            )
+    return configs
+
+
+def run_backtest(system: System, replay: Replay, faults: Faults) -> tuple[BacktestResult, BacktestNode, str]:
+    """Stream `replay` through a BacktestNode with `system`; returns its result, the node (undisposed) and the run's id.
+
+    The first exception of any callback, Ctrl-C included, ends the run's callbacks and is raised here.
+    """
+    config = BacktestRunConfig(
+        venues=venues(replay, faults),
+        data=data(replay),
+        engine=BacktestEngineConfig(logging=LoggerConfig(stdout_level=LogLevel.ERROR)),
+        chunk_size=replay.chunk_size,
+        raise_exception=True,
+        dispose_on_completion=False,
+    )
+    node = BacktestNode([config])
+    with faults.interrupts():
+        node.build()
+        system.add_to(lambda a: node.add_actor(config.id, a), lambda s: node.add_strategy(config.id, s))
+        results = node.run()
+    faults.reraise()
+    return results[0], node, config.id

@@ -1,0 +1,135 @@
+"""Backtest the ensemble: on the embedded demo market, on Databento files, or on a NautilusTrader catalog."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from catalog.errors import InputError, exit_code
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command(help=__doc__)
+def backtest(
+    dbn: Annotated[list[Path] | None, typer.Option(help="Databento MBO files, or folders of them")] = None,
+    catalog: Annotated[Path | None, typer.Option(help="a NautilusTrader Parquet catalog")] = None,
+    symbols: Annotated[str | None, typer.Option(help="instruments to use, separated by commas; default: all")] = None,
+    start: Annotated[str | None, typer.Option(help="first time used, UTC: 2024-05-08 or 2024-05-08T14:30:00 or ns")] = None,
+    end: Annotated[str | None, typer.Option(help="last time used, UTC")] = None,
+    instruments: Annotated[Path | None, typer.Option(help="TOML with definitions where the data has none")] = None,
+    train_fraction: Annotated[float | None, typer.Option(help="share of the events to train on; default 0.6")] = None,
+    artifacts: Annotated[Path | None, typer.Option(help="trained models to use instead of training")] = None,
+    latency_ms: Annotated[str | None, typer.Option(help="time a decision takes: auto (drawn from the models' own) or a number")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda")] = None,
+    seed: Annotated[int | None, typer.Option(help="of the demo market, of training and of latencies; default 7")] = None,
+    out: Annotated[Path | None, typer.Option(help="output folder; default out/<source>")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML with the same settings and more; the command line goes first")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the summary as the last line")] = False,
+    more: Annotated[list[Path] | None, typer.Argument(hidden=True)] = None,
+) -> None:
+    if more and not dbn:
+        raise InputError(f"{more[0]} is no option: write --dbn FILE... or --catalog DIR")
+    given = {
+        "dbn": (*dbn, *(more or ())) if dbn else None, "catalog": catalog, "symbols": _names(symbols), "start": _ns(start), "end": _ns(end),
+        "instruments": instruments, "train_fraction": train_fraction, "artifacts": artifacts, "latency_ms": _latency(latency_ms),
+        "device": device, "seed": seed, "out": out,
+    }  # fmt: skip
+    settings = _config(config, {k: v for k, v in given.items() if v is not None})
+
+    from cift_strategies.backtest import run
+
+    outcome = run(settings, leave=_leave)
+    summary = dict(outcome.summary)
+    folder = settings.out or Path("out") / outcome.source
+
+    from cift_strategies.report import print_summary
+    from cift_strategies.results import plain
+
+    print_summary({**summary, "rule": summary["baseline_rule"]})
+    print(f"report: {folder / 'report.html'}")
+    if as_json:
+        print(json.dumps(plain(summary), allow_nan=False))
+
+
+def _config(path: Path | None, given: dict[str, Any]) -> Any:
+    from pydantic import ValidationError
+
+    from cift_strategies.backtest import RunConfig
+
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as e:
+            raise InputError(f"cannot read --config {path}: {e.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+            raise InputError(f"--config {path} is not valid TOML: {e}") from None
+        for key in ("start", "end"):
+            if key in values:
+                values[key] = _ns(str(values[key]))
+    try:
+        return RunConfig.model_validate(values | given)
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(str(x) for x in first["loc"] if not isinstance(x, int))
+        named = f"{path}: {where}" if path is not None and first["loc"][0] not in given else "--" + where.replace("_", "-")
+        raise InputError(f"{named}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(s.strip() for s in text.split(",") if s.strip())
+
+
+def _ns(text: str | None) -> int | None:
+    from cift_models.__main__ import nanoseconds
+
+    return None if text is None else nanoseconds(text)
+
+
+def _latency(text: str | None) -> float | str | None:
+    if text is None or text == "auto":
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        raise InputError(f'--latency-ms "{text}" is no number: write auto or milliseconds') from None
+    if not 0 <= value < 1e6:
+        raise InputError(f"--latency-ms {text}: write 0 or more milliseconds")
+    return value
+
+
+def _leave(error: BaseException) -> None:
+    """End the process from within an engine callback, which swallows what is raised."""
+    from cift_strategies.backtest import clean_up
+
+    clean_up()
+    sys.stdout.flush()
+    code = exit_code(lambda: _raise(error))
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+def main() -> None:
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # what was typed is no command line
+            raise InputError(f"{error.format_message()}; see --help") from None
+        raise
+    if code == 130:  # Typer turns Ctrl-C into this
+        raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))

@@ -1,0 +1,40 @@
+"""One small market, trained on and traded once for all tests of this folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cift_strategies.settings import Settings
+
+SEED = 3
+EAGER = Settings(min_edge_ticks=0.0, renew=False)  # so that so short a market has trades enough to look at
+
+
+@dataclass(frozen=True)
+class Small:
+    """Two instruments, two sessions, 200,000 records; `result` is the run that trained on the first half."""
+
+    catalog: Path
+    out: Path
+    result: Any
+
+    @property
+    def artifact(self) -> Path:
+        return self.out / "artifact"
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    from catalog.databento import import_dbn
+    from catalog.synthetic import make_market
+    from cift_strategies.backtest import RunConfig, run
+
+    root = tmp_path_factory.mktemp("small")
+    market = make_market(root / "market", SEED, sessions=2, events=200_000, instruments=2)
+    catalog = import_dbn([*market.mbo, *market.definitions], root / "catalog").root
+    out = root / "out"
+    return Small(catalog, out, run(RunConfig(catalog=catalog, out=out, train_fraction=0.5, settings=EAGER)))
