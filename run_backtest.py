@@ -1,4 +1,4 @@
-"""Backtest the ensemble: on the embedded demo market, on Databento files, or on a NautilusTrader catalog."""
+"""Backtest the ensemble: on the embedded demo market, on Databento files, on a NautilusTrader catalog, or on downloaded history."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command(help=__doc__)
 def backtest(
-    dbn: Annotated[list[Path] | None, typer.Option(help="Databento MBO files, or folders of them")] = None,
+    dbn: Annotated[list[Path] | None, typer.Option(help="Databento files (MBO, MBP-10, MBP-1, ...), or folders of them")] = None,
     catalog: Annotated[Path | None, typer.Option(help="a NautilusTrader Parquet catalog")] = None,
+    databento: Annotated[str | None, typer.Option(help="Databento dataset to download from: GLBX.MDP3; asks the price first")] = None,
+    schema: Annotated[str | None, typer.Option(help="what to download: mbo (default), mbp-10, mbp-1, ...")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="pay what the download costs without a question")] = False,
+    polygon: Annotated[str | None, typer.Option(help="symbols of Polygon's history, separated by commas")] = None,
     symbols: Annotated[str | None, typer.Option(help="instruments to use, separated by commas; default: all")] = None,
     start: Annotated[str | None, typer.Option(help="first time used, UTC: 2024-05-08 or 2024-05-08T14:30:00 or ns")] = None,
     end: Annotated[str | None, typer.Option(help="last time used, UTC")] = None,
@@ -37,7 +41,8 @@ def backtest(
     if more and not dbn:
         raise InputError(f"{more[0]} is no option: write --dbn FILE... or --catalog DIR")
     given = {
-        "dbn": (*dbn, *(more or ())) if dbn else None, "catalog": catalog, "symbols": _names(symbols), "start": _ns(start), "end": _ns(end),
+        "dbn": (*dbn, *(more or ())) if dbn else None, "catalog": catalog, "databento": databento, "schema": schema,
+        "pay": yes or None, "polygon": _names(polygon), "symbols": _names(symbols), "start": _ns(start), "end": _ns(end),
         "instruments": instruments, "train_fraction": train_fraction, "artifacts": artifacts, "latency_ms": _latency(latency_ms),
         "device": device, "seed": seed, "out": out,
     }  # fmt: skip

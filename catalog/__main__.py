@@ -101,23 +101,11 @@ def download(
 
     assert dataset is not None
     kept = importer.STORE / "databento"
-    files = historical.download(dataset, schema, _names(symbols) or [], start, end, kept, lambda q: _agreed(dataset, q, yes))
+    files = historical.download(dataset, schema, _names(symbols) or [], start, end, kept, historical.payer(dataset, yes))
     if schema not in SCHEMAS:
         print("\n".join(map(str, files)))
         return
     _imported(import_dbn(files, out, instruments), as_json)
-
-
-def _agreed(dataset: str, quote: Any, yes: bool) -> bool:
-    """Whether the user pays: told by --yes, or asked on a terminal."""
-    price = f"{dataset}: {quote.records:,} records in {len(quote.parts)} files, {quote.bytes / 1e6:,.1f} MB, cost ${quote.cost:,.2f}"
-    print(price, file=sys.stderr, flush=True)
-    if yes:
-        return True
-    if not sys.stdin.isatty():
-        raise InputError(f"the download costs ${quote.cost:,.2f} and there is no terminal to ask on: add --yes to pay it")
-    print("download it? [y/N] ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def _polygon(symbols: list[str], start: str, end: str, out: Path | None, as_json: bool) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -203,6 +204,22 @@ def download(
     if not files:
         raise InputError(f"{dataset} has no {schema} records of {', '.join(symbols)} in that range: choose another range or other symbols")
     return files
+
+
+def payer(dataset: str, yes: bool) -> Callable[[Quote], bool]:
+    """The `confirm` of a command line: states the price, and is told by --yes or asks on a terminal. Raises InputError without either."""
+
+    def confirm(quote: Quote) -> bool:
+        amount = f"{quote.records:,} records in {len(quote.parts)} files, {quote.bytes / 1e6:,.1f} MB, cost ${quote.cost:,.2f}"
+        print(f"{dataset}: {amount}", file=sys.stderr, flush=True)
+        if yes:
+            return True
+        if not sys.stdin.isatty():
+            raise InputError(f"the download costs ${quote.cost:,.2f} and there is no terminal to ask on: add --yes to pay it")
+        print("download it? [y/N] ", end="", file=sys.stderr, flush=True)
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+    return confirm
 
 
 def _parts(dataset: str, schemas: Sequence[str], symbols: Sequence[str], start: datetime, end: datetime, out: Path) -> Iterator[Part]:

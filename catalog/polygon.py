@@ -40,7 +40,9 @@ VENUE: Final = "POLYGON"  # the consolidated tape is no exchange: instruments ar
 PAGE: Final = 50_000  # the service's largest page
 NEW_YORK: Final = ZoneInfo("America/New_York")
 STORE: Final = Path(__file__).resolve().parent / "data"
+ENV_BASE: Final = "POLYGON_BASE"  # another host that speaks the API, a local one in tests
 FEES: Final = ("maker_fee", "taker_fee", "fee_per_unit")
+
 
 class Refused(InputError):
     """The service said no for good. `status` is HTTP's: 400 bad request, 401 key, 403 plan, 404 unknown."""
@@ -67,7 +69,7 @@ class Rest(RESTClient):  # type: ignore[misc]
         key = (os.environ.get(ENV_KEY, "") if key is None else key).strip()
         if not key:
             raise InputError(f"no Polygon key: set the environment variable {ENV_KEY}")
-        super().__init__(api_key=key, base=(base or BASE).rstrip("/"), retries=0, read_timeout=timeout_s)
+        super().__init__(api_key=key, base=(base or os.environ.get(ENV_BASE) or BASE).rstrip("/"), retries=0, read_timeout=timeout_s)
         self.client = urllib3.PoolManager(
             headers=self.headers, timeout=self.timeout, retries=False, cert_reqs="CERT_REQUIRED", ca_certs=certifi.where()
         )

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from catalog.errors import InputError
-from catalog.events import Instrument, read_catalog
+from catalog.events import Instrument, read_catalog, trading_state
 from catalog.progress import Steps
 from cift_strategies import source as sources
 from cift_strategies.risk import Limits
@@ -48,12 +48,16 @@ EQUITY_POINTS: Final = 20_000
 
 
 class RunConfig(BaseModel):
-    """What a run is asked to do. Without `dbn` and `catalog` it makes and trades the embedded demo market."""
+    """What a run is asked to do. Without a source it makes and trades the embedded demo market."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dbn: tuple[Path, ...] = ()
     catalog: Path | None = None
+    databento: str | None = None  # a dataset, whose history is downloaded
+    record_schema: str = Field("mbo", alias="schema")  # of that history
+    pay: bool = False  # what that history costs, without being asked
+    polygon: tuple[str, ...] = ()  # symbols whose history is downloaded
     symbols: tuple[str, ...] = ()
     start: int | None = None  # ns UTC, inclusive
     end: int | None = None
@@ -145,8 +149,14 @@ class Plan:
 
         c = self.config
         return Terms(
-            self.instruments, c.settings, c.limits, regimes, self.split + 1, self.ends, round(c.order_latency_ms * 1e6), faults
-        )
+            self.instruments, c.settings, c.limits, regimes, self.split + 1, self.ends, self.states(), round(c.order_latency_ms * 1e6),
+            faults,
+        )  # fmt: skip
+
+    def states(self) -> dict[int, tuple[NDArray[np.int64], NDArray[np.int8]]]:
+        """When each market was open, in an auction, halted or closed, for those of which the catalog tells."""
+        steps = {k: trading_state(self.root, x.id) for k, x in enumerate(self.instruments)}
+        return {k: s for k, s in steps.items() if len(s[0])}
 
 
 def plan(config: RunConfig, found: sources.Source) -> Plan:
@@ -349,16 +359,29 @@ def unfinished(out: Path) -> Iterator[Path]:
 
 def resolve(config: RunConfig) -> sources.Source:
     """The catalog of the run, made where there is none yet."""
-    if config.dbn and config.catalog is not None:
-        raise InputError("both --dbn and --catalog were given: choose one source")
-    if config.instruments is not None and not config.dbn and config.catalog is None:
-        raise InputError("--instruments describes the instruments of --dbn or --catalog: name one of them too")
+    given = {"--dbn": config.dbn, "--catalog": config.catalog, "--databento": config.databento, "--polygon": config.polygon}
+    named = [name for name, value in given.items() if value]
+    if len(named) > 1:
+        raise InputError(f"both {named[0]} and {named[1]} were given: choose one source")
+    if config.instruments is not None and named in ([], ["--polygon"]):
+        raise InputError("--instruments describes the instruments of --dbn, --catalog or --databento: name one of them too")
+    if config.databento or config.polygon:
+        if config.start is None or config.end is None:
+            raise InputError(f"{named[0]} needs a range: add --start and --end")
+        if config.end <= config.start:
+            raise InputError("the range is empty: --end must be later than --start")
+    if config.databento:
+        return sources.databento(
+            config.databento, config.record_schema, config.symbols, config.start or 0, config.end or 0, config.instruments, config.pay
+        )
+    if config.polygon:
+        return sources.polygon(config.polygon, config.start or 0, config.end or 0)
     if config.dbn:
         return sources.dbn(config.dbn, config.instruments, config.symbols or None, config.start, config.end)
     if config.catalog is not None:
         return sources.catalog(config.catalog, config.symbols or None, config.instruments)
     if config.symbols:
-        raise InputError("--symbols chooses among the instruments of --dbn or --catalog")
+        raise InputError("--symbols chooses among the instruments of --dbn, --catalog or --databento")
     return sources.demo(config.seed)
 
 

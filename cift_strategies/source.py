@@ -46,6 +46,26 @@ def dbn(files: Sequence[Path], instruments: Path | None, symbols: Sequence[str] 
     return _catalog(Path(files[0]).name.split(".")[0], info.root, None, info.quality)
 
 
+def databento(dataset: str, schema: str, symbols: Sequence[str], start: int, end: int, instruments: Path | None, pay: bool) -> Source:
+    """Databento's history of [start, end) ns: the price first, then what is missing, imported. The key is in DATABENTO_API_KEY."""
+    from catalog import historical, importer
+    from catalog.parquet import iso
+
+    kept, confirm = importer.STORE / "databento", historical.payer(dataset, pay)
+    files = historical.download(dataset, schema, symbols, iso(start), iso(end), kept, confirm)
+    return replace(dbn(files, instruments, None, start, end), name="-".join([*symbols[:3], dataset]))
+
+
+def polygon(symbols: Sequence[str], start: int, end: int) -> Source:
+    """Polygon's quotes and trades from `start` to `end` ns: a level-1 catalog. The key is in POLYGON_API_KEY."""
+    from catalog.polygon import Request, history, store
+
+    request = Request(tuple(symbols), start, end)
+    root, parts = store(request)
+    note = history(request, root, parts=parts)
+    return _catalog("polygon-" + "-".join(symbols[:3]), root, None, {str(k): int(v) for k, v in note["quality"].items()})
+
+
 def catalog(root: Path, symbols: Sequence[str] | None, described: Path | None = None) -> Source:
     """A NautilusTrader catalog, made here or elsewhere. `described`: TOML that tells sessions and fees, where the catalog does not."""
     note, quality = root / "cift.json", None

@@ -26,6 +26,7 @@ from nautilus_trader.model import (
 )
 from nautilus_trader.trading import Strategy, StrategyConfig
 
+from catalog import status
 from catalog.events import SCALE, Instrument, session_bounds
 from cift_models.features import NAMES
 from cift_strategies.faults import Faults, guarded
@@ -51,6 +52,7 @@ class Terms:
     regimes: Sequence[str] = ()
     act_from: int = 0  # predictions made before this are not acted upon, ns
     ends: Mapping[int, int] = field(default_factory=dict)  # instrument -> when its data ends, where that is known, ns
+    states: Mapping[int, tuple[Any, Any]] = field(default_factory=dict)  # instrument -> trading states as catalog.status reads them
     order_latency_ns: int = 0  # of a simulated venue: orders are woken at arrival; 0 where the venue answers by itself
     faults: Faults = field(default_factory=Faults)
 
@@ -153,6 +155,8 @@ class EnsembleStrategy(Strategy):
             return self._decline("book is crossed")
         if spread > self.settings.max_spread_ticks:
             return self._decline("spread too wide")
+        if k in self.terms.states and (state := int(status.at(self.terms.states[k], now))) not in (status.OPEN, status.UNKNOWN):
+            return self._decline(f"market: {status.STATES[state]}")
         if reason := self.ledger.halted(k, now):
             return self._decline(reason)
         return self._best(p, k, now, mid, spread)

@@ -87,3 +87,20 @@ def test_export_writes_features_and_labels_with_the_time_each_was_known(data, tm
         assert (waits >= 0).all()
     done = subprocess.run([sys.executable, "-m", "catalog", "export", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
+
+
+def test_a_backtest_resolves_its_data_through_the_api(service, store, monkeypatch):  # noqa: F811
+    from catalog.errors import InputError
+    from cift_strategies.backtest import RunConfig, resolve
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    day = 86_400 * 10**9
+    start = 19_726 * day  # 2024-01-04
+    asked = RunConfig(databento="XNAS.ITCH", symbols=("AAA",), start=start, end=start + 2 * day)
+    with pytest.raises(InputError, match="add --yes"):
+        resolve(asked)
+    found = resolve(asked.model_copy(update={"pay": True}))
+    assert [x.id for x in found.instruments] == ["AAA.XNAS"] and found.name == "AAA-XNAS.ITCH" and found.quality is not None
+    for change, message in [({"start": None}, "needs a range"), ({"end": start}, "is empty"), ({"polygon": ("AAA",)}, "choose one source")]:
+        with pytest.raises(InputError, match=message):
+            resolve(asked.model_copy(update=change))

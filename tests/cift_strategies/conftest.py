@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 
-from cift_strategies.settings import Settings
-
 SEED = 3
-EAGER = Settings(min_edge_ticks=0.0, renew=False)  # so that so short a market has trades enough to look at
+EAGER = "own_strategies:Eager"  # so that so short a market has trades enough to look at, whatever the models say
 
 
 @dataclass(frozen=True)
@@ -37,4 +35,4 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     market = make_market(root / "market", SEED, sessions=2, events=200_000, instruments=2)
     catalog = import_dbn([*market.mbo, *market.definitions], root / "catalog").root
     out = root / "out"
-    return Small(catalog, out, run(RunConfig(catalog=catalog, out=out, train_fraction=0.5, settings=EAGER)))
+    return Small(catalog, out, run(RunConfig(catalog=catalog, out=out, train_fraction=0.5, strategy=EAGER)))

@@ -1,13 +1,27 @@
-"""Strategies and members that fail or are interrupted at a chosen moment; named by import path in test_cli.py."""
+"""Strategies and members of a user's own, named by import path in the tests: one that trades often, some that fail."""
 
 from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from cift_models.fusion import Fusion
 from cift_strategies.strategy import EnsembleStrategy
+
+
+class Eager(EnsembleStrategy):
+    """Believes that whatever leans a little is worth ten ticks within the second: trades often, however good the models are."""
+
+    def decide(self, p: Any) -> Any:
+        lead = float(p.proba[1, 2] - p.proba[1, 0])
+        side = int(np.sign(lead)) if abs(lead) > 0.01 else 0
+        proba = np.tile([0.0, 0.2, 0.8] if side > 0 else [0.8, 0.2, 0.0], (4, 1))
+        believed = replace(p, proba=proba, magnitude=np.full(4, 10.0), confidence=np.ones(4), direction=(0, side, 0, 0))
+        return super().decide(believed)
 
 
 class Interrupted(EnsembleStrategy):

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Small
+from conftest import EAGER, Small
 from tapes import Tape, write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +26,7 @@ def backtest(*arguments: object, cwd: Path | None = None) -> subprocess.Complete
 @pytest.fixture(scope="module")
 def finished(small: Small, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     folder = tmp_path_factory.mktemp("cli")
-    path = config(folder, "[settings]\nmin_edge_ticks = 0.0\nrenew = false")
+    path = config(folder, f'strategy = "{EAGER}"')
     return folder / "o" / "out", backtest(
         "--catalog", small.catalog, "--artifacts", small.artifact, "--config", path, "--out", folder / "o" / "out", "--json"
     )
@@ -58,9 +58,9 @@ def config(tmp_path: Path, text: str) -> Path:
 @pytest.mark.parametrize("when", ["streaming", "training"])
 def test_ctrl_c_leaves_nothing_that_looks_finished(small: Small, tmp_path: Path, when: str) -> None:
     if when == "streaming":
-        text, more = 'strategy = "faulty:Interrupted"', ["--artifacts", small.artifact]
+        text, more = 'strategy = "own_strategies:Interrupted"\nrule = false', ["--artifacts", small.artifact]
     else:
-        text, more = 'train = ["hmm"]\nmembers = ["faulty:InterruptedMember"]', ["--train-fraction", "0.5"]
+        text, more = 'train = ["hmm"]\nmembers = ["own_strategies:InterruptedMember"]', ["--train-fraction", "0.5"]
     done = backtest("--catalog", small.catalog, "--config", config(tmp_path, text), "--out", tmp_path / "o" / "out", *more)
     assert done.returncode == 130, done.stderr
     assert "interrupted" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
@@ -68,11 +68,11 @@ def test_ctrl_c_leaves_nothing_that_looks_finished(small: Small, tmp_path: Path,
 
 
 def test_a_fault_in_a_callback_is_told_once_with_its_traceback(small: Small, tmp_path: Path) -> None:
-    path = config(tmp_path, 'strategy = "faulty:Raising"')
+    path = config(tmp_path, 'strategy = "own_strategies:Raising"\nrule = false')
     done = backtest("--catalog", small.catalog, "--artifacts", small.artifact, "--config", path, "--out", tmp_path / "o" / "out")
     assert done.returncode == 1
     assert done.stderr.count("Traceback") == 1 and done.stderr.count("ArithmeticError: a fault of the strategy") == 1
-    assert "faulty.py" in done.stderr and not list((tmp_path / "o").iterdir())
+    assert "own_strategies.py" in done.stderr and not list((tmp_path / "o").iterdir())
 
 
 @pytest.mark.parametrize(

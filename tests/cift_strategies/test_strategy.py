@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tapes import MS, OPEN, SHARE, Script, Tape, ms_of, play, write
 
+from catalog import status
 from catalog.errors import InputError
 from catalog.events import SCALE
 from cift_strategies.risk import Limits
@@ -155,6 +156,15 @@ def test_no_entry_on_a_book_that_is_stale(tmp_path: Path) -> None:
 def test_nothing_is_acted_upon_before_the_split(calm: Path) -> None:
     played = play(calm, [SHARE], Script({1_000: (1, 6.0, 0), 5_000: (1, 6.0, 0)}), act_from=OPEN + 4_000 * MS)
     assert [ms_of(p["opened"]) > 4_000 for p in played.positions] == [True]
+
+
+def test_no_entry_in_an_auction_or_a_halt(calm: Path) -> None:
+    times = OPEN + np.array([500, 2_000, 4_000, 6_000]) * MS
+    states = {0: (times, np.array([status.AUCTION, status.OPEN, status.HALTED, status.CLOSED], np.int8))}
+    calls = {at: (1, 6.0, 0) for at in (100, 1_000, 3_000, 5_000, 7_000)}
+    played = play(calm, [SHARE], Script(calls), states=states)
+    assert [int(ms_of(p["opened"])) // 1_000 for p in played.positions] == [0, 3], "where the state is not known one may trade"
+    assert [played.decisions[f"market: {s}"] for s in ("auction", "halted", "closed")] == [1, 1, 1]
 
 
 def test_flat_when_the_session_ends(tmp_path: Path) -> None:
