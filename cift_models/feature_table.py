@@ -107,14 +107,12 @@ FEATURES: Final = (
     ),
     Feature(
         "queue_bid", "0..1", _SHAPE,
-        "q / (q + D) of the size q at the best bid; D is the mean best size of both sides, decayed over events with two sides, half-life "
-        " 64",
+        "q / (q + D) of the size q at the best bid; D is the mean best size of both sides over settled books, half-life 64",
         "cont2010",
     ),
     Feature(
         "queue_ask", "0..1", _SHAPE,
-        "q / (q + D) of the size q at the best ask; D is the mean best size of both sides, decayed over events with two sides, half-life "
-        " 64",
+        "q / (q + D) of the size q at the best ask; D is the mean best size of both sides over settled books, half-life 64",
         "cont2010",
     ),
     Feature("orders_bid", "orders", _SHAPE, "number of orders at the best bid", "biais1995", 3),
@@ -266,22 +264,26 @@ NAMES: Final = tuple(f.name for f in FEATURES)
 INPUTS: Final = tuple(i for i, f in enumerate(FEATURES) if f.model_input)  # the columns a model may learn from
 
 
+_NOTES: Final = """\
+{} columns of float64. Needs: 1 best bid and offer with trades, 2 price levels, 3 individual orders. On a lesser feed, and where
+book or history cannot tell, a value is NaN; none is ever infinite. Columns in italics are references, not model inputs.
+
+Half-lives in seconds run by `ts_init`, those in events by records, those in trades by trades with an aggressor. The records of
+one `ts_event` are one event of the venue; a feed of levels sends many records for it, and the book between them never was. So all
+that rolls or decays takes *settled* books: those that changed in their best ten levels, once the next venue event has begun, with
+two sides and not crossed; the row itself compares the book as it is now with these. Mid changes, returns and ranges run over
+settled mids, order flow from settled book to settled book and on to the present one. Records of a snapshot change the book and
+are no flow. Prices are in ticks, sizes relative: no model input knows the instrument's price, tick or lot."""
+
+
 def features_markdown() -> str:
-    """`docs/features.md`."""
+    """`docs/features.md`, less the newline at its end."""
     lines = [
         "# Features",
         "",
         "One row after each event, from the past alone. Made by `python -m cift_models features`; do not edit.",
         "",
-        f"{len(FEATURES)} columns of float64. Needs: 1 best bid and offer with trades, 2 price levels, 3 individual orders. On a lesser feed,",
-        "and where book or history cannot tell, a value is NaN; none is ever infinite. Columns in italics are references, not model inputs.",
-        "",
-        "Half-lives in seconds run by `ts_init`, those in events by records, those in trades by trades with an aggressor. The records of one",
-        "`ts_event` are one event of the venue; a feed of levels sends many records for it, and the book between them never was. So all that",
-        "rolls or decays takes *settled* books: those that changed in their best ten levels, once the next venue event has begun, with two",
-        "sides and not crossed; the row itself compares the book as it is now with these. Mid changes, returns and ranges run over settled",
-        "mids, order flow from settled book to settled book and on to the present one. Records of a snapshot change the book and are no flow.",
-        "Prices are in ticks, sizes relative: no model input knows the instrument's price, tick or lot.",
+        _NOTES.format(len(FEATURES)),
     ]
     for group in dict.fromkeys(f.group for f in FEATURES):
         lines += ["", f"## {group.capitalize()}", "", "| name | unit | needs | definition | source |", "|---|---|---|---|---|"]
@@ -291,4 +293,4 @@ def features_markdown() -> str:
             lines.append(f"| {name} | {f.unit} | {f.needs} | {definition} | {f.citation.replace(' ', ', ')} |")
     lines += ["", "## Sources", ""]
     lines += [f"- {key}: {paper}" for key, paper in PAPERS.items()]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)

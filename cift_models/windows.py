@@ -152,11 +152,11 @@ class History:
             raise IndexError(f"column {n} is wanted, the rows have {block.rows.shape[1]}")
         wanted = np.ones(len(block.closes), np.bool_) if wanted is None else wanted
         m, c = int(wanted.sum()), len(self.columns)
-        values = tuple(np.empty((m, n, c), np.float32) for n in (TICKS, SECONDS, MINUTES))
-        stamps = tuple(np.empty((m, n), np.int64) for n in (TICKS, SECONDS, MINUTES))
+        steps = (TICKS, SECONDS, MINUTES)
+        views = Views(*(np.empty((m, n, c), np.float32) for n in steps), *(np.empty((m, n), np.int64) for n in steps))  # type: ignore[arg-type]
         e = block.events
         _push(
             np.ascontiguousarray(e["ts_init"]), np.ascontiguousarray(e["instrument"]), block.rows, self.columns, block.closes, wanted,
-            self._rings, self._marks, self._at, self._last, self._last_ts, (values, stamps),
+            self._rings, self._marks, self._at, self._last, self._last_ts, (views[:3], views[3:]),
         )
-        return Views(*values, *stamps)
+        return views

@@ -80,7 +80,7 @@ def test_there_are_at_least_forty_features_each_with_its_source():
 
 
 def test_the_page_of_features_is_made_from_the_table():
-    assert (ROOT / "docs/features.md").read_text() == features_markdown()
+    assert (ROOT / "docs/features.md").read_text() == features_markdown() + "\n"
 
 
 # --- definitions
@@ -217,9 +217,17 @@ def test_rows_that_do_not_fit_and_instruments_that_are_not_there_are_refused():
             state.advance(events, np.empty(shape))
     with pytest.raises(IndexError):
         replay(events, [])
+    crowd = np.repeat(events[:1], 1_000)
+    crowd["order_id"], crowd["action"], crowd["size"] = np.arange(1_000), ord("A"), SCALE
+    out = np.empty((1_000, len(NAMES)))
+    state.advance(crowd[:1], out)
+
+    def step_on_and_on():  # type: ignore[no-untyped-def]
+        for i in range(1, 1_000):
+            step(state.words, crowd, i, out)
+
     with pytest.raises(MemoryError, match="makes it"):
-        for _ in range(100_000):
-            step(state.words, events, 0, np.empty((1, len(NAMES))))
+        step_on_and_on()
 
 
 def test_a_stored_state_goes_on_as_if_nothing_had_happened(tmp_path):
@@ -390,6 +398,15 @@ def test_a_snapshot_changes_the_book_but_is_no_flow():
     for name in ("ofi_1", "ofi_slow", "ofi_events"):
         assert with_it[4, COLUMN[name]] == 0.0
     assert with_it[4, COLUMN["rate_add"]] < with_it[2, COLUMN["rate_add"]]
+
+
+def test_what_a_trade_tick_does_not_carry_changes_nothing():
+    events = market(13, 500)
+    live = events.copy()
+    trades = events["action"] == ord("T")
+    events["flags"][trades], events["order_id"][trades], events["sequence"][trades] = 255, 77, 99
+    live["order_id"][trades] = live["sequence"][trades] = live["flags"][trades] = 0
+    assert replay(events, [an_instrument()]).tobytes() == replay(live, [an_instrument()]).tobytes()
 
 
 # --- sessions
