@@ -90,6 +90,12 @@ def inspect(artifact: Annotated[Path, typer.Argument(help="folder of the artifac
     for fold in m["folds"]:
         for line in fold["left_out"]:
             print(f"left out: {line}")
+    if "fusion" in m["members"]:
+        from cift_models.fusion import SLICES, Fusion
+
+        print(f"fusion looks at (share of the gain; share of SHAP in {SLICES} slices of the training range)")
+        for line in Fusion.load(found.path, tuple(m["features"])).leading():
+            print(f"  {line}")
     for name, sha in m["files"].items():
         print(f"{sha[:12]}  {name}")
 

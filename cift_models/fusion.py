@@ -2,8 +2,17 @@
 
 XGBoost (Chen and Guestrin 2016) fits; isotonic regression (Zadrozny and Elkan 2002) calibrates on a later slice; our own walk over
 the trees predicts, equal to XGBoost to the last float32 bit, at a fraction of its cost for one row. Takes the model-input columns of
-decision rows (any further named column, such as alternative data, joins by name); gives class probabilities and the expected
-size of the move. Missing values are NaN and the trees cope; so does a feed that lacks whole columns.
+decision rows (any further named column joins by name) and, where a table of alternative data is given, its 27 features and their ages as
+of the time they were known; gives class probabilities and the expected size of the move. Missing values are NaN and the trees cope; so does
+a feed that lacks whole columns.
+
+The table (:class:`catalog.altdata.Table`) comes by `Config.alternative`, or from a subclass, which is a member of one's own with its name:
+
+    class Informed(Fusion):
+        name = "informed"
+        alternative = altdata.read("alternative.parquet")
+
+An artifact names the columns and does not hold the table: without one, or past its end, the columns are NaN or what was known last.
 """
 
 from __future__ import annotations
@@ -13,17 +22,20 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from cift_models.labels import F64, I64, H, Study
+from catalog import altdata
+from cift_models.labels import F64, I64, LABELS, H, Study
 from cift_models.windows import HORIZONS_NS, Block, Votes
 
 TILE, FEW = 32, 8  # rows walked together, so that a tree stays in the cache while they pass; fewer go one by one
 LEAST_CALIBRATION = 200  # labels; with fewer, scores stay as they are
+ALTERNATIVE = (*(f"alt_{n}" for n in altdata.NAMES), *(f"alt_{n}_age" for n in altdata.NAMES))  # values, ages in seconds
+SLICES, EXPLAINED = 4, 250  # slices of time over which SHAP values are taken, and decisions of each
 FLOOR = 1e-3  # no calibrated probability is nearer to 0 or 1
 
 
@@ -39,6 +51,7 @@ class Config:
     l2: float = 5.0
     identity: float = 100.0  # independent labels' worth of belief that scores are calibrated as they are
     max_rows: int = 40_000  # a horizon learns from no more; overlapping labels add little
+    alternative: altdata.Table | None = None  # joined to each decision as of the time known; None: the class's own, if any
     threads: int = 2  # horizons fitted at once, each on one core: boosters that share cores wait for one another
 
 
@@ -193,14 +206,20 @@ class Fusion:
     """The member. `columns`: names of its inputs in order (the last is the instrument's index); `knots`: calibration curves.
 
     `knots` holds xs, ys (H, 4, K) and n (H, 4): three curves raw probability -> probability, and one raw probability of
-    a move -> |move| in units of `scale` (I, H), the instrument's mean |move| in ticks.
+    a move -> |move| in units of `scale` (I, H), the instrument's mean |move| in ticks. `ids` of the instruments. `shap`
+    (S, C, H): share of each column in the mean |SHAP value| of a slice of the training range; `slices` (S + 1,) their bounds, ns.
     """
 
     name = "fusion"
+    alternative: ClassVar[altdata.Table | None] = None
 
     def __init__(
-        self, names: tuple[str, ...], columns: tuple[str, ...], models: dict[int, dict[str, Any]], knots: tuple[F64, F64, I64], scale: F64
-    ) -> None:
+        self, names: tuple[str, ...], columns: tuple[str, ...], models: dict[int, dict[str, Any]], knots: tuple[F64, F64, I64], scale: F64,
+        ids: tuple[str, ...] = (), table: altdata.Table | None = None, shap: tuple[F64, I64] | None = None,
+    ) -> None:  # fmt: skip
+        self.ids, self.table = ids, table if table is not None else self.alternative
+        self.shap, self.slices = shap or (np.zeros((SLICES, len(columns), H)), np.zeros(SLICES + 1, np.int64))
+        self._joined = ALTERNATIVE[0] in columns
         self.columns, self.models, self.knots, self.scale = columns, models, knots, scale
         place = {name: i for i, name in enumerate(names)}
         self._index = np.array([place.get(c, len(names)) for c in columns[:-1]], np.int64)
@@ -219,8 +238,10 @@ class Fusion:
         from sklearn.isotonic import IsotonicRegression
 
         config = config or Config()
-        columns = (*study.inputs, "instrument")
-        me = cls(study.names, columns, {}, _plain_knots(), np.ones((len(study.instruments), H)))
+        known = config.alternative if config.alternative is not None else cls.alternative
+        columns = (*study.inputs, *(ALTERNATIVE if known is not None else ()), "instrument")
+        ids = tuple(i.id for i in study.instruments)
+        me = cls(study.names, columns, {}, _plain_knots(), np.ones((len(study.instruments), H)), ids, known)
         table = study.table
         curves: dict[tuple[int, int], tuple[F64, F64]] = {}
         rows_of: dict[int, I64] = {}
@@ -234,13 +255,14 @@ class Fusion:
         def boost(h: int) -> dict[str, Any]:
             rows = rows_of[h]
             data = xgboost.QuantileDMatrix(
-                me.inputs(table.rows[rows], table.instrument[rows]), label=study.classes(h)[rows], max_bin=config.bins, nthread=1,
+                me.inputs(table.rows[rows], table.instrument[rows], table.ts[rows]), label=study.classes(h)[rows],
+                max_bin=config.bins, nthread=1,
                 weight=np.full(len(rows), study.independent(rows, h) / len(rows)),
             )  # fmt: skip
             later, check = study.calibration_rows(h), None
             if config.patience and len(later) >= LEAST_CALIBRATION:
                 later = later[:: max(1, -(-len(later) // (config.max_rows // 2)))]
-                x = me.inputs(table.rows[later], table.instrument[later])
+                x = me.inputs(table.rows[later], table.instrument[later], table.ts[later])
                 check = xgboost.QuantileDMatrix(x, label=study.classes(h)[later], max_bin=config.bins, nthread=1, ref=data)
             booster = xgboost.train(
                 {
@@ -255,13 +277,13 @@ class Fusion:
 
         with ThreadPoolExecutor(config.threads) as pool:
             models = dict(zip(rows_of, pool.map(boost, rows_of)))
-        raised = cls(study.names, columns, models, _plain_knots(), me.scale)
+        raised = cls(study.names, columns, models, _plain_knots(), me.scale, ids, known)
         for h in study.usable:
             y, later = study.classes(h), study.calibration_rows(h)
             if len(later) < LEAST_CALIBRATION:
                 continue
             raw, n = np.empty((len(later), 3)), study.independent(later, h)
-            softmax(raised.scores(table.rows[later], table.instrument[later])[:, 3 * h : 3 * h + 3], raw)
+            softmax(raised.scores(table.rows[later], table.instrument[later], table.ts[later])[:, 3 * h : 3 * h + 3], raw)
             iso = IsotonicRegression(out_of_bounds="clip")
             for c in range(3):
                 iso.fit(raw[:, c], y[later] == c)
@@ -269,23 +291,50 @@ class Fusion:
                 curves[h, c] = xs, (n * iso.y_thresholds_ + config.identity * xs) / (n + config.identity)
             iso.fit(1 - raw[:, 1], np.abs(table.move[later, h]) / me.scale[table.instrument[later], h])
             curves[h, 3] = iso.X_thresholds_.astype(np.float64), iso.y_thresholds_.astype(np.float64)
-        return cls(study.names, columns, models, _pack(curves), me.scale)
+        return cls(study.names, columns, models, _pack(curves), me.scale, ids, known, raised._explain(study))
 
-    def inputs(self, rows: NDArray[np.floating[Any]], instrument: I64) -> NDArray[np.float32]:
-        """(m, C) float32 as the trees see them: absent columns and infinities are NaN; the last column is the instrument's index."""
+    def _explain(self, study: Study) -> tuple[F64, I64]:
+        """Mean |SHAP value| (Lundberg and Lee 2017; exact for trees) over classes and decisions, in slices of the range learnt from."""
+        import xgboost
+
+        t = study.table
+        seen = np.flatnonzero((t.ts >= study.split.start) & (t.ts < study.split.weigh))
+        parts = np.array_split(seen, SLICES)
+        bounds = np.array([*(t.ts[p[0]] if len(p) else study.split.weigh for p in parts), study.split.weigh], np.int64)
+        out = np.zeros((SLICES, len(self.columns), H))
+        for h, model in self.models.items():
+            booster = xgboost.Booster({"nthread": 1})
+            booster.load_model(bytearray(json.dumps(model).encode()))
+            for i, part in enumerate(parts):
+                rows = part[:: max(1, -(-len(part) // EXPLAINED))]
+                if len(rows):
+                    x = xgboost.DMatrix(self.inputs(t.rows[rows], t.instrument[rows], t.ts[rows]), nthread=1)
+                    out[i, :, h] = np.abs(booster.predict(x, pred_contribs=True))[:, :, :-1].mean(axis=(0, 1))
+        return out / np.maximum(out.sum(axis=1, keepdims=True), 1e-300), bounds
+
+    def inputs(self, rows: NDArray[np.floating[Any]], instrument: I64, ts: I64 | None = None) -> NDArray[np.float32]:
+        """(m, C) float32 as the trees see them: absent columns and infinities are NaN; the last column is the instrument's index.
+
+        `ts` (m,) ns: the times of the decisions, at which alternative data are looked up.
+        """
         x = np.full((len(rows), len(self.columns)), np.nan, np.float32)
         there = self._index < rows.shape[1]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # beyond float32 becomes infinite, then NaN
             x[:, :-1][:, there] = rows[:, self._index[there]]
+        if self._joined and self.table is not None and ts is not None:
+            first = self.columns.index(ALTERNATIVE[0])
+            for k in np.unique(instrument):
+                mine = np.flatnonzero(instrument == k)
+                x[mine, first : first + len(ALTERNATIVE)] = np.concatenate(altdata.asof(self.table, self.ids[k], ts[mine]), axis=1)
         x[np.isinf(x)] = np.nan
         x[:, -1] = instrument
         return x
 
-    def scores(self, rows: NDArray[np.floating[Any]], instrument: I64) -> NDArray[np.float32]:
+    def scores(self, rows: NDArray[np.floating[Any]], instrument: I64, ts: I64 | None = None) -> NDArray[np.float32]:
         """(m, 3 H) raw scores: XGBoost's `predict(output_margin=True)` of every horizon side by side."""
         out = np.empty((len(rows), 3 * H), np.float32)
-        walk(self.inputs(rows, instrument), *self.trees, out)
+        walk(self.inputs(rows, instrument, ts), *self.trees, out)
         return out
 
     def new_state(self) -> None:
@@ -296,7 +345,7 @@ class Fusion:
         """Votes at each close; rows without a single known input abstain."""
         inst = block.events["instrument"][block.closes].astype(np.int64)
         m = len(block.closes)
-        x = self.inputs(block.rows[block.closes], inst)
+        x = self.inputs(block.rows[block.closes], inst, block.events["ts_init"][block.closes])
         z = np.empty((m, 3 * H), np.float32)
         walk(x, *self.trees, z)
         votes = Votes(np.empty((m, H, 3)), np.empty((m, H)))
@@ -313,19 +362,32 @@ class Fusion:
         gain /= np.maximum(gain.sum(axis=0), 1e-300)
         return {name: [round(float(g), 6) for g in gain[i]] for i, name in enumerate(self.columns)}
 
+    def leading(self, n: int = 5) -> list[str]:
+        """Each horizon's `n` leading columns, in words: share of the gain, and share of SHAP in each slice of time."""
+        gain, out = self.importance(), []
+        for h in sorted(self.models):
+            top = np.argsort(-self.shap[:, :, h].mean(axis=0), kind="stable")[:n]
+            told = (f"{c} {gain[c][h]:.0%} ({' '.join(f'{v:.0%}' for v in self.shap[:, i, h])})" for i in top for c in (self.columns[i],))
+            out.append(f"{LABELS[h]}: {', '.join(told)}")
+        return out
+
     def save(self, folder: Path) -> None:
         for h, model in self.models.items():
-            (folder / f"fusion-{HORIZONS_NS[h] // 1_000_000}ms.json").write_text(json.dumps(model, separators=(",", ":")))
+            (folder / f"{self.name}-{HORIZONS_NS[h] // 1_000_000}ms.json").write_text(json.dumps(model, separators=(",", ":")))
         xs, ys, n = self.knots
-        np.savez(folder / "fusion.npz", columns=np.array(self.columns), xs=xs, ys=ys, n=n, scale=self.scale)
+        np.savez(
+            folder / f"{self.name}.npz", columns=np.array(self.columns), xs=xs, ys=ys, n=n, scale=self.scale, shap=self.shap,
+            slices=self.slices, ids=np.array(self.ids, np.str_),
+        )  # fmt: skip
 
     @classmethod
     def load(cls, folder: Path, names: tuple[str, ...]) -> Self:
-        files = {h: folder / f"fusion-{ns // 1_000_000}ms.json" for h, ns in enumerate(HORIZONS_NS)}
+        files = {h: folder / f"{cls.name}-{ns // 1_000_000}ms.json" for h, ns in enumerate(HORIZONS_NS)}
         models = {h: json.loads(f.read_text()) for h, f in files.items() if f.exists()}
-        with np.load(folder / "fusion.npz", allow_pickle=False) as z:
+        with np.load(folder / f"{cls.name}.npz", allow_pickle=False) as z:
             columns = tuple(str(c) for c in z["columns"])
-            return cls(names, columns, models, (z["xs"], z["ys"], z["n"]), z["scale"])
+            ids, shap = tuple(str(i) for i in z["ids"]), (z["shap"], z["slices"])
+            return cls(names, columns, models, (z["xs"], z["ys"], z["n"]), z["scale"], ids, shap=shap)
 
 
 def _plain_knots() -> tuple[F64, F64, I64]:

@@ -2,7 +2,7 @@
 
 Takes blocks of the stream; gives, at every batch close, the probability of each regime given the seconds that have ended (Hamilton 1989;
 Rabiner 1989, eqs. 19-20), votes by P(move class | regime), and a position scale. hmmlearn fits; the causal filter is ours, in numba, one
-step a second. Viterbi and forward-backward look ahead: they are for the past only and feed no model.
+step a second. Viterbi and forward-backward look ahead: they are for the past only and feed no model. `hmm_online.py` learns on.
 """
 
 from __future__ import annotations
@@ -43,10 +43,14 @@ class Config:
     sticky: float = 50.0  # seconds' worth of belief that a regime stays
     min_seconds: int = 300
     pseudo: float = 30.0  # independent labels' worth of belief that a regime moves like the whole
+    mixtures: int = 1  # Gaussians that each regime emits from
 
 
 class Chain(NamedTuple):
-    """A Gaussian HMM with diagonal covariances: start (K,), moves (K, K) rows sum to 1, mean and var (K, D)."""
+    """A Gaussian HMM with diagonal covariances: start (K,), moves (K, K) rows sum to 1, mean and var (K, D).
+
+    A regime that emits from M Gaussians is M states here, side by side (:func:`spread_out`): the same process, with one filter for both.
+    """
 
     start: F64
     moves: F64
@@ -161,11 +165,27 @@ def name_states(mean: F64) -> I64:
     return np.array([low, up, down, high, crisis], np.int64)
 
 
+def spread_out(start: F64, moves: F64, weight: F64, mean: F64, var: F64) -> Chain:
+    """A chain of K states with M Gaussians each, `weight` (K, M), `mean` and `var` (K, M, D), as one of K M states with one each.
+
+    P((j, n) | (k, m)) = moves[k, j] weight[j, n]: which Gaussian emits is drawn anew at every step.
+    """
+    k, m = weight.shape
+    to = np.repeat(moves, m, axis=0)[:, :, None] * weight[None]
+    return Chain((start[:, None] * weight).ravel(), to.reshape(k * m, k * m), mean.reshape(k * m, -1), var.reshape(k * m, -1))
+
+
+def by_regime(states: F64) -> F64:
+    """P(state) (n, K M) -> P(regime) (n, K)."""
+    return states if states.shape[1] == K else states.reshape(len(states), K, -1).sum(axis=2)
+
+
 def fit_chain(x: F64, lengths: Sequence[int], seed: int = 0, config: Config | None = None) -> Chain:
     """The likeliest of several Baum-Welch fits to scaled measures x (n, D) of sequences of `lengths`, states in the order of REGIMES.
 
     Means are drawn a little towards the regimes' prototypes, so that refits find the same ones. A start that fails or
-    diverges is dropped; where all do, the prototypes stand. Variances and transitions have floors.
+    diverges is dropped; where all do, the prototypes stand. Variances and transitions have floors. With `config.mixtures` M > 1 the
+    Gaussians of each state are then split and fitted on; K M states come back, M side by side for each regime.
     """
     from hmmlearn.hmm import GaussianHMM
 
@@ -178,7 +198,7 @@ def fit_chain(x: F64, lengths: Sequence[int], seed: int = 0, config: Config | No
     rng = np.random.default_rng(seed)
     logger = logging.getLogger("hmmlearn")
     level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    logger.setLevel(logging.CRITICAL)  # a fit that does not converge is no matter: the best of several counts
     try:
         for a in range(config.starts):
             model = GaussianHMM(
@@ -197,19 +217,55 @@ def fit_chain(x: F64, lengths: Sequence[int], seed: int = 0, config: Config | No
             score = _score(x, lengths, chain)
             if np.isfinite(score) and score > best_score + 1e-6 * abs(best_score if np.isfinite(best_score) else 0):
                 best, best_score = chain, score
+        order = name_states(best.mean)
+        best = Chain(best.start[order], best.moves[np.ix_(order, order)], best.mean[order], best.var[order])
+        return best if config.mixtures == 1 else _split(x, lengths, best, seed, config)
     finally:
         logger.setLevel(level)
-    order = name_states(best.mean)
-    return Chain(best.start[order], best.moves[np.ix_(order, order)], best.mean[order], best.var[order])
+
+
+def _split(x: F64, lengths: Sequence[int], one: Chain, seed: int, config: Config) -> Chain:
+    """Each state's Gaussian split in M and fitted on; the named `one` itself, spread out, where that gains nothing."""
+    from hmmlearn.hmm import GMMHMM
+
+    m = config.mixtures
+    weight, var = np.full((K, m), 1 / m), np.repeat(one.var[:, None], m, axis=1)
+    mean = np.repeat(one.mean[:, None], m, axis=1)
+    best = spread_out(one.start, one.moves, weight, mean, var)
+    model = GMMHMM(
+        K, m, covariance_type="diag", min_covar=config.floor, n_iter=config.iterations, tol=1e-3 * len(x) ** 0.5, random_state=seed,
+        init_params="", transmat_prior=1 + config.sticky * np.eye(K), means_prior=mean,
+        means_weight=np.full((K, m), config.anchor * len(x) / K / m), weights_prior=np.full((K, m), 2.0),
+    )  # fmt: skip
+    apart = np.random.default_rng(seed).normal(size=mean.shape) * np.sqrt(var)
+    model.startprob_, model.transmat_, model.weights_ = one.start, one.moves, weight
+    model.means_, model.covars_ = mean + 0.5 * apart, var.copy()
+    try:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            model.fit(x, list(lengths))
+        start, moves, weight, _ = _floors(model.startprob_, model.transmat_, model.weights_, model.means_)
+    except (ValueError, FloatingPointError, np.linalg.LinAlgError):
+        return best
+    chain = spread_out(start, moves, weight, model.means_, np.maximum(np.nan_to_num(model.covars_, nan=1.0), config.floor))
+    middle = (weight[:, :, None] * model.means_).sum(axis=1)
+    named = np.array_equal(name_states(middle), np.arange(K))  # else the states have changed places: keep those that are named
+    return chain if named and _score(x, lengths, chain) > _score(x, lengths, best) else best
 
 
 def _sound(model: Any, floor: float) -> Chain:
     """The fit with its floors: every state can be reached and left, no variance vanishes. Raises ValueError where a mean is not finite."""
-    start, moves = np.nan_to_num(model.startprob_) + 1e-4, np.nan_to_num(model.transmat_) + 1e-6
+    start, moves, _, mean = _floors(model.startprob_, model.transmat_, np.ones((K, 1)), model.means_)
     var = np.maximum(np.nan_to_num(np.array([np.diag(c) for c in model.covars_]), nan=1.0), floor)
-    if not np.isfinite(model.means_).all():
+    return Chain(start, moves, mean, var)
+
+
+def _floors(start: F64, moves: F64, weight: F64, mean: F64) -> tuple[F64, F64, F64, F64]:
+    if not np.isfinite(mean).all():
         raise ValueError("diverged")
-    return Chain(start / start.sum(), moves / moves.sum(axis=1, keepdims=True), np.ascontiguousarray(model.means_), var)
+    start, moves, weight = np.nan_to_num(start) + 1e-4, np.nan_to_num(moves) + 1e-6, np.nan_to_num(weight) + 1e-6
+    sums = moves.sum(axis=1, keepdims=True), weight.sum(axis=1, keepdims=True)
+    return start / start.sum(), moves / sums[0], weight / sums[1], np.ascontiguousarray(mean)
 
 
 def _score(x: F64, lengths: Sequence[int], chain: Chain) -> float:
@@ -297,7 +353,7 @@ def _regimes(  # type: ignore[no-untyped-def]
     ts, inst, mids, spreads, closes, tick, centre, scale, start, moves, mean, var,
     second, n, mid, before, squares, spread, trend, agitation, width, alpha, steps, out,
 ):  # fmt: skip
-    """As :func:`_measure`, with a filter step at each second's end; `out` (m, K) the filter at each close, NaN before the first step."""
+    """As :func:`_measure`, with a filter step at each second's end; `out` (m, K M) the filter at each close, NaN before the first step."""
     x, work, c = np.empty(D), np.empty((2, len(start))), 0
     precision, log_var = 1 / var, np.log(2 * np.pi * var)
     for i in range(len(ts)):
@@ -358,7 +414,7 @@ def _column(block: Block, i: int) -> F64:
 
 
 class State(NamedTuple):
-    """What a stream carries: the running seconds, the filter (I, K), its steps (I,); `newest`: posteriors at the last block's closes."""
+    """What a stream carries: the running seconds, the filter (I, K M), its steps (I,); `newest`: posteriors at the last block's closes."""
 
     seconds: Seconds
     alpha: F64
@@ -416,8 +472,9 @@ class Hmm:
             if not mine.any():
                 continue
             z = np.clip((x[mine] - self.centre[k]) / self.scale[k], -CLIP, CLIP)
-            seen = np.empty((len(z), K))
-            filter_all(z, *self.chain, seen)
+            states = np.empty((len(z), len(self.chain.start)))
+            filter_all(z, *self.chain, states)
+            seen = by_regime(states)
             for h in study.usable:
                 y = study.classes(h)
                 rows = np.concatenate([r[table.instrument[r] == k] for r in (study.fit_rows(h), study.calibration_rows(h))])
@@ -438,18 +495,18 @@ class Hmm:
 
     def new_state(self) -> State:
         n = len(self.tick)
-        return State(new_seconds(n), np.zeros((n, K)), np.zeros(n, np.int64), [np.empty((0, K))])
+        return State(new_seconds(n), np.zeros((n, len(self.chain.start))), np.zeros(n, np.int64), [np.empty((0, K))])
 
     def predict(self, block: Block, state: State) -> Votes:
         """Votes at each close, `state` advanced in place; NaN until an instrument's first second has ended."""
         e, m = block.events, len(block.closes)
         inst = e["instrument"].astype(np.int64)
-        seen = np.empty((m, K))
+        states = np.empty((m, len(self.chain.start)))
         _regimes(
             np.ascontiguousarray(e["ts_init"]), inst, _column(block, self._mid), _column(block, self._spread), block.closes, self.tick,
-            self.centre, self.scale, *self.chain, *state.seconds, state.alpha, state.steps, seen,
+            self.centre, self.scale, *self.chain, *state.seconds, state.alpha, state.steps, states,
         )  # fmt: skip
-        state.newest[0] = seen
+        state.newest[0] = seen = by_regime(states)
         votes = Votes(np.empty((m, H, 3)), np.empty((m, H)))
         _mix(seen, inst[block.closes], self.table, self.size, votes.proba, votes.magnitude)
         return votes

@@ -1,8 +1,9 @@
 """Blocks of the stream in, predictions out: one code for a block of history and for the batch that has just closed.
 
 :class:`Engine` holds the members of an artifact and what they carry along the stream. A block is any contiguous piece of the
-stream, all instruments together; however the stream is cut, the decisions are the same to the last bit. A member that raises or gives no
-sound number abstains, is counted and logged once, and the rest decide.
+stream, all instruments together; however the stream is cut, the decisions are the same to the last bit. A member that raises, gives no
+sound number or, live, takes too long abstains, is counted and logged once, and the rest decide. Between two blocks :meth:`Engine.swap`
+puts another artifact in place of the running one.
 """
 
 from __future__ import annotations
@@ -80,13 +81,18 @@ class Engine:
     """`predict(block) -> Predictions` along one stream; `model_version` and `latency` tell of the artifact.
 
     Parameters: `instruments` of the stream, in the order in which events index them; `trained` of the models; `names` of the feature
-    columns; `members` as fitted; decisions before `learn_from` (ns), voted on in sample, teach the weights nothing.
+    columns; `members` as fitted; decisions before `learn_from` (ns), voted on in sample, teach the weights nothing. `budget_ns`: wall
+    time that a member may take for a block; who takes longer abstains from it (`late` counts the decisions). Only for live use, with blocks
+    of one batch: None, as in backtests, lets every member finish, so that the same stream gives the same decisions.
     """
 
     def __init__(
         self, instruments: Sequence[Instrument], trained: Sequence[str], names: Sequence[str], members: Sequence[Member],
         ensemble: Ensemble, model_version: str = "", latency: Latency = DEFAULT_LATENCY, learn_from: int = 0,
+        budget_ns: int | None = None,
     ) -> None:  # fmt: skip
+        if budget_ns is not None and budget_ns <= 0:
+            raise InputError(f"a budget of {budget_ns} ns lets no member vote: give a positive time, or None for no limit")
         place = {id_: i for i, id_ in enumerate(trained)}
         if unknown := [i.id for i in instruments if i.id not in place]:
             known = ", ".join(trained)
@@ -101,6 +107,8 @@ class Engine:
         self._same = bool((self._map == np.arange(len(self._map))).all())
         self._table = [next((i for i in instruments if i.id == id_), _absent(id_)) for id_ in trained]
         self.failures: dict[str, int] = {m.name: 0 for m in members}
+        self.late: dict[str, int] = {m.name: 0 for m in members}
+        self.budget_ns, self._own = budget_ns, tuple[str, ...]()
         self.reset()
 
     def reset(self) -> None:
@@ -117,7 +125,9 @@ class Engine:
         self._states, self._labeller, self.learned = copy.deepcopy(state)
 
     @classmethod
-    def load(cls, path: str | Path, instruments: Sequence[Instrument], own: Sequence[str] = ()) -> Self:
+    def load(
+        cls, path: str | Path, instruments: Sequence[Instrument], own: Sequence[str] = (), budget_ns: int | None = None
+    ) -> Self:  # fmt: skip
         """The engine of an artifact folder; `own`: import paths of the user's own members that it holds.
 
         Raises InputError for a damaged or foreign artifact, for instruments it was not trained on, and for a member that is not named in
@@ -134,7 +144,40 @@ class Engine:
             members.append(member_class(where).load(found.path, NAMES))
         latency = Latency(m["latency"]["source"], tuple(m["latency"]["q"]), tuple(m["latency"]["ns"]))
         since = int(m["range"]["end"]) + 1
-        return cls(instruments, m["instruments"], NAMES, members, Ensemble.load(found.path), found.version, latency, since)
+        me = cls(instruments, m["instruments"], NAMES, members, Ensemble.load(found.path), found.version, latency, since, budget_ns)
+        me._own = tuple(own)
+        return me
+
+    def swap(self, path: str | Path) -> dict[str, str]:
+        """Put the artifact `path` in place of the running one, between two blocks; name -> "kept" or "fresh" of each member's memory.
+
+        All of it is read, verified and built before anything changes: an artifact that is damaged, foreign or lacks an instrument raises
+        InputError and the old one goes on. What a member carries along the stream is kept where a member of that name and class was
+        there and its memory has the same shape; else it begins anew and abstains as at a start. The labels under way and the
+        ensemble's record of open decisions are kept where instruments and members agree; weights are the new artifact's. Counts go on.
+        """
+        new = type(self).load(path, self.instruments, self._own, self.budget_ns)
+        old, told = dict(self._named()), {}
+        for name, member in new._named():
+            state, fits = self._states.get(name), new._trained == self._trained and bool((new._map == self._map).all())
+            kept = fits and type(old.get(name)) is type(member) and _alike(state, new._states[name])
+            told[name] = "kept" if kept else "fresh"
+            if kept:
+                new._states[name] = state
+        if [i.id for i in new._table] == [i.id for i in self._table]:
+            new._labeller = self._labeller
+            if new.members == self.members:
+                new.learned.serial, new.learned.ring = self.learned.serial, self.learned.ring
+            else:
+                new.learned.serial, new.learned.ring = self.learned.serial, new.ensemble._ring(self.learned.ring[2].shape[1])
+                new.learned.ring[1][:] = np.nan  # decisions of the former members teach nothing
+        for counts, before in ((new.failures, self.failures), (new.late, self.late)):
+            counts |= {name: before.get(name, 0) for name in counts}
+        self.__dict__.update(new.__dict__)
+        return told
+
+    def _named(self) -> list[tuple[str, Member]]:
+        return [(m.name, m) for _, m in self._present]
 
     def predict(self, block: Block) -> Predictions:
         """Decisions at the closes of `block`, which must follow on the block before; what the stream carries moves on."""
@@ -162,7 +205,7 @@ class Engine:
 
     def _ask(self, member: Member, block: Block, votes: F64, sizes: F64) -> F64 | None:
         """One member's votes into `votes` and `sizes`; returns P(regime) where it tells of regimes."""
-        m = len(block.closes)
+        m, began = len(block.closes), time.perf_counter_ns()
         try:
             proba, size = member.predict(block, self._states[member.name])
             proba, size = np.array(proba, np.float64), np.array(size, np.float64)
@@ -172,6 +215,13 @@ class Engine:
         except Exception as e:
             self._states[member.name] = member.new_state()
             self._fail(member.name, max(1, m), repr(e))
+            return None
+        took = time.perf_counter_ns() - began
+        if self.budget_ns is not None and took > self.budget_ns:
+            if not self.late[member.name]:
+                why = f"{took / 1e6:.1f} ms for a batch, {self.budget_ns / 1e6:.1f} are allowed"
+                LOG.warning("%s abstains: %s (said once; counted in Engine.late)", member.name, why)
+            self.late[member.name] += m
             return None
         faults = _sound(proba, size)
         if faults:
@@ -192,6 +242,23 @@ class Engine:
     def regret(self) -> dict[str, Any]:
         """Cumulative regret and its bound since the artifact's weights; see :meth:`Ensemble.regret`."""
         return self.ensemble.regret(self.learned)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two memories are of one build: same types, fields, shapes and dtypes; how long a list or queue is does not matter."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and a.shape == b.shape
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(_alike(x, y) for x, y in zip(a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_alike(a[k], b[k]) for k in a)
+    if hasattr(a, "__dict__") and not callable(a):
+        return _alike(vars(a), vars(b))
+    if hasattr(a, "__dataclass_fields__"):
+        return all(_alike(getattr(a, f), getattr(b, f)) for f in a.__dataclass_fields__)
+    return True
 
 
 def _absent(id_: str) -> Instrument:

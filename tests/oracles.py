@@ -142,7 +142,8 @@ class Tape:
             added, removed = book.apply(action, side, int(e["price"]), size, int(e["order_id"]), flags)
             before, sides = sides, (book.side(1), book.side(-1))
             t = max(int(e["ts_init"]), self.moments[-1].t) if self.moments else int(e["ts_init"])
-            m = Moment(t, int(e["ts_event"]), action, side, int(e["price"]), size, bool(flags & 32), *sides, book.feed, added, removed)
+            snapshot = bool(flags & 32) and action != "T"
+            m = Moment(t, int(e["ts_event"]), action, side, int(e["price"]), size, snapshot, *sides, book.feed, added, removed)
             m.before = before
             if m.trade and side:  # the passive side now owes this much, to be taken away without being a cancel
                 if owed[:2] != (m.ts_event, -side):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from catalog import altdata
 from catalog.events import EVENT, SCALE, Instrument
-from cift_models.fusion import FLOOR, TILE, Config, Fusion, _interpolate, softmax
+from cift_models.fusion import ALTERNATIVE, FLOOR, TILE, Config, Fusion, _interpolate, softmax
 from cift_models.labels import LABELS, Split, Study, Table, Thresholds
 from cift_models.validate import calibration_error, log_loss
 from cift_models.windows import HORIZONS_NS, Block
@@ -225,3 +227,85 @@ def test_calibration_curves_are_interpolated_like_numpys(study, fusion):
         want = np.interp(x, xs[0, c, :m], ys[0, c, :m])
         assert np.allclose([_interpolate(v, xs[0, c], ys[0, c], m) for v in x], want, atol=1e-12)
     assert 0 < FLOOR < 0.01
+
+
+def dated(study: Study, by: int = 1_700_000_000 * SCALE) -> Study:
+    """The same in 2023, where alternative data may be."""
+    t, s = study.table, study.split
+    return study._replace(
+        table=t._replace(ts=t.ts + by, known_at=t.known_at + by), split=Split(s.start + by, s.calibrate + by, s.weigh + by, s.end + by)
+    )
+
+
+def alternative(study: Study, delay_s: float, seed: int = 0) -> altdata.Table:
+    """News sentiment of a second before each decision that tells the sign of its move, known `delay_s` later."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(len(study.table.ts) - 1):
+        t = int(study.table.ts[i])
+        value = float(np.clip(np.sign(study.table.move[i, 0]) * 0.8 + 0.05 * rng.normal(), -1, 1))
+        id_ = study.instruments[int(study.table.instrument[i])].id
+        rows.append((id_, "news_sentiment", value, t - SCALE, t - SCALE + int(delay_s * 1e9)))
+    return altdata.table(rows)
+
+
+def loss_of(study: Study, fusion: Fusion) -> float:
+    later = np.flatnonzero(study.table.ts >= study.split.weigh)
+    return float(log_loss(fusion.predict(as_block(study, later)).proba[:, 0], study.classes(0)[later]).mean())
+
+
+def test_alternative_data_tell_what_was_known_in_time_and_nothing_once_they_come_too_late():
+    study = dated(make_study(8, n=3_000, signal=0.0, usable=(0,)))
+    in_time = Fusion.fit(study, None, replace(SMALL, alternative=alternative(study, 0.5)))
+    late = Fusion.fit(study, None, replace(SMALL, alternative=alternative(study, 1.5)))  # half a second after the decision
+    plain = Fusion.fit(study, None, SMALL)
+    assert loss_of(study, in_time) < loss_of(study, plain) - 0.3
+    assert abs(loss_of(study, late) - loss_of(study, plain)) < 0.05
+    share = in_time.shap[:, in_time.columns.index("alt_news_sentiment"), 0]
+    assert (share > 0.5).all(), "in every slice of time"
+    assert in_time.leading(1)[0].startswith("500ms: alt_news_sentiment")
+
+
+def test_the_join_is_the_tables_own_and_a_decision_sees_nothing_that_is_known_later():
+    study = dated(make_study(9, n=2_000, usable=(0,)))
+    table = alternative(study, 0.5)
+    fusion = Fusion.fit(study, None, replace(SMALL, alternative=table))
+    rows = np.arange(300)
+    x = fusion.inputs(study.table.rows[rows], study.table.instrument[rows], study.table.ts[rows])
+    first = fusion.columns.index(ALTERNATIVE[0])
+    for k in range(2):
+        mine = study.table.instrument[rows] == k
+        values, ages = altdata.asof(table, study.instruments[k].id, study.table.ts[rows][mine])
+        assert np.array_equal(x[mine, first : first + 54], np.concatenate([values, ages], axis=1).astype(np.float32), equal_nan=True)
+    cut = int(study.table.ts[150])
+    past = altdata.table([r for r in table.rows() if r[4] <= cut])
+    again = Fusion(study.names, fusion.columns, fusion.models, fusion.knots, fusion.scale, fusion.ids, past)
+    a, b = fusion.predict(as_block(study, rows)), again.predict(as_block(study, rows))
+    assert np.array_equal(a.proba[:151], b.proba[:151], equal_nan=True) and not np.array_equal(a.proba[200:], b.proba[200:], equal_nan=True)
+    block = as_block(study, rows)
+    one = fusion.predict(Block(block.events[7:8], block.rows[7:8], np.array([0])))
+    assert np.array_equal(one.proba[0], a.proba[7], equal_nan=True)
+
+
+def test_a_member_of_ones_own_brings_its_table_and_an_artifact_without_one_copes(tmp_path):
+    study = dated(make_study(10, n=2_000, usable=(0,)))
+
+    class Informed(Fusion):
+        name = "informed"
+        alternative = alternative(study, 0.5)
+
+    fitted = Informed.fit(study, None, SMALL)
+    fitted.save(tmp_path)
+    assert all(f.name.startswith("informed") for f in tmp_path.iterdir())
+    block = as_block(study, np.arange(200))
+    assert np.array_equal(Informed.load(tmp_path, NAMES).predict(block).proba, fitted.predict(block).proba, equal_nan=True)
+    Informed.alternative = None
+    assert np.isfinite(Informed.load(tmp_path, NAMES).predict(block).proba[:, 0]).all()
+
+
+def test_shap_shares_are_xgboosts_contributions_and_find_what_drives_the_moves(study, fusion):
+    assert np.allclose(fusion.shap.sum(axis=1), 1) and (np.diff(fusion.slices) > 0).all()
+    for h in range(4):
+        top = np.argsort(-fusion.shap[:, :, h].mean(axis=0))[:3]
+        assert {fusion.columns[i] for i in top} == {"a", "b", "c"}
+    assert (fusion.shap[:, fusion.columns.index("never")] == 0).all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import shutil
 from functools import lru_cache
 from pathlib import Path
 
@@ -278,3 +279,89 @@ def test_recommendations_come_from_decisions(engine):
     assert r.direction in (-1, 0, 1) and 0 <= r.size <= 1
     assert r.direction == 0 or r.direction == p.direction[i, r.horizon]
     assert engine.recommend(p, i, spread=1e9).direction == 0
+
+
+@pytest.fixture(scope="module")
+def another(tmp_path_factory) -> Path:
+    """Trained on a later stretch of the same market, with the same members."""
+    out = tmp_path_factory.mktemp("models") / "another"
+    return train(source(quotes(7)), out=out, members=["hmm", "fusion"], config=Config(cap=20_000))
+
+
+def test_between_two_batches_an_artifact_takes_the_place_of_another_and_no_batch_is_lost(artifact, another):
+    parts = list(pieces(join(blocks()), [3_000, 6_000]))
+    engine, new = Engine.load(artifact, INSTRUMENTS), Engine.load(another, INSTRUMENTS)
+    first = engine.predict(parts[0])
+    under_way = engine._labeller
+    assert engine.swap(another) == {"hmm": "kept", "fusion": "kept"}
+    assert engine.model_version == new.model_version and engine._labeller is under_way
+    second = engine.predict(parts[1])
+    new.predict(parts[0])
+    assert len(first.ts) + len(second.ts) == sum(len(p.closes) for p in parts[:2])
+    fusion = engine.members.index("fusion")
+    assert np.array_equal(second.votes[:, fusion], new.predict(parts[1]).votes[:, fusion], equal_nan=True), "the new one votes"
+    hmm = engine.members.index("hmm")
+    assert np.isfinite(second.votes[0, hmm, 0]).all(), "its memory of the seconds before is kept"
+
+
+def test_swapping_to_the_same_artifact_changes_nothing_but_what_the_weights_have_learnt(artifact):
+    parts = list(pieces(join(blocks()), [3_000, 6_000]))
+    engine = Engine.load(artifact, INSTRUMENTS)
+    whole = run(engine, parts)
+    engine.reset()
+    got = [engine.predict(parts[0])]
+    engine.swap(artifact)
+    got += [engine.predict(p) for p in parts[1:]]
+    assert same(whole, [np.concatenate(f) for f in zip(*got)])
+
+
+def test_a_damaged_or_foreign_artifact_is_refused_and_the_old_one_goes_on(artifact, another, tmp_path):
+    parts = list(pieces(join(blocks()), [3_000]))
+    engine, twin = Engine.load(artifact, INSTRUMENTS), Engine.load(artifact, INSTRUMENTS)
+    engine.predict(parts[0])
+    twin.predict(parts[0])
+    bad = tmp_path / "bad"
+    shutil.copytree(another, bad)
+    (bad / "hmm.npz").write_bytes((bad / "hmm.npz").read_bytes()[:-1] + b"x")
+    for path, said in ((bad, r"hmm\.npz was changed"), (tmp_path / "none", "is missing")):
+        with pytest.raises(InputError, match=said):
+            engine.swap(path)
+    assert engine.model_version == twin.model_version and same(engine.predict(parts[1]), twin.predict(parts[1]))
+
+
+def test_a_member_that_was_not_there_before_begins_anew(artifact, tmp_path):
+    out = train(source(quotes(updates=8_000)), out=tmp_path / "one", members=["fusion"], config=Config(cap=20_000))
+    engine = Engine.load(out, INSTRUMENTS)
+    parts = list(pieces(join(blocks()), [3_000]))
+    engine.predict(parts[0])
+    assert engine.swap(artifact) == {"hmm": "fresh", "fusion": "kept"}
+    assert np.isfinite(engine.predict(parts[1]).proba[:, 0]).all()
+
+
+class Slow(Failing):
+    """Thinks for as long as it is told, by the engine's own clock."""
+
+    name = "slow"
+
+    def __init__(self, clock) -> None:
+        super().__init__("late")
+        self.clock = clock
+
+    def predict(self, block, state):
+        self.clock[0] += 3_000_000
+        return Votes(np.tile([0.2, 0.3, 0.5], (len(block.closes), H, 1)), np.ones((len(block.closes), H)))
+
+
+def test_a_member_that_is_late_abstains_is_counted_and_logged_once_and_only_where_a_budget_is_set(monkeypatch, caplog):
+    clock = [0]
+    monkeypatch.setattr("cift_models.inference.time.perf_counter_ns", lambda: clock[0])
+    unhurried, hurried = engine_of([Slow(clock)]), engine_of([Slow(clock)], budget_ns=2_000_000)
+    with caplog.at_level(logging.WARNING):
+        a, b = run(unhurried, blocks()), run(hurried, blocks())
+    assert np.isfinite(a[2]).all() and unhurried.late["slow"] == 0
+    assert np.isnan(b[2]).all() and hurried.late["slow"] == len(b[0]) and hurried.failures["slow"] == 0
+    assert len([r for r in caplog.records if "slow abstains: 3.0 ms" in r.message]) == 1
+    patient = engine_of([Slow(clock)], budget_ns=3_000_000)
+    assert same(run(patient, blocks()), a)
+    with pytest.raises(InputError, match="positive"):
+        engine_of([Slow(clock)], budget_ns=0)

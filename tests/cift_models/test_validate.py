@@ -18,6 +18,7 @@ from cift_models.validate import (
     ENOUGH,
     Baselines,
     Sample,
+    adjust,
     block_bootstrap,
     calibration_error,
     claims,
@@ -179,11 +180,17 @@ def test_baselines_are_saved_and_loaded_unchanged(baselines, tmp_path):
 
 
 def test_claims_need_enough_labels_and_every_gain_above_zero():
-    def row(low, verdict="sufficient"):
-        return {"instrument": "A", "horizon": "1s", "verdict": verdict, "gain": {"p": {"interval": [low, 1]}, "d": {"interval": [0.1, 1]}}}
+    def row(low, verdict="sufficient", p=0.001):
+        gain = {"p": {"interval": [low, 1], "p": p}, "d": {"interval": [0.1, 1], "p": 0.001}}
+        return {"instrument": "A", "horizon": "1s", "verdict": verdict, "gain": gain}
 
-    assert len(claims([row(0.01)])) == 1
-    assert claims([row(-0.01)]) == claims([row(0.01, "insufficient")]) == claims([{"verdict": "sufficient"}]) == []
+    def told(*rows):
+        adjust(rows)
+        return claims(rows)
+
+    assert len(told(row(0.01))) == 1
+    assert told(row(-0.01)) == told(row(0.01, "insufficient")) == told(row(0.01, p=0.03)) == claims([{"verdict": "sufficient"}]) == []
+    assert told(row(0.01, p=0.02)) and not told(row(0.01, p=0.02), row(0.01, p=0.02)), "what passes alone need not pass among others"
 
 
 def scored(engine, artifact, events, since=0, cap=10_000):  # noqa: F811
@@ -205,7 +212,16 @@ def test_in_a_planted_market_the_models_beat_what_knows_no_book_and_in_a_null_ma
     engine.reset()
     _, null = scored(engine, artifact, quotes(12, 12_000, signal=0.0))
     assert null["claims"] == []
-    assert all(len(line) < 120 for line in lines(null)) and len(lines(null)) == 1 + 2 * H
+    text = lines(null)
+    tested = [r for r in null["table"] if r.get("gain")]
+    sets = sum(1 for r in tested if r["mcs"]["p"])
+    assert all(len(line) < 140 for line in text) and len(text) == 1 + 2 * H + 1 + len(tested) + sets + 2 and len(tested) >= H
+    assert text[-2] == "beats every baseline: nowhere, by Holm-adjusted tests"
+    for row in (r for r in planted["table"] if r["horizon"] == "500ms"):
+        assert set(row["member_gain"]) == {"hmm", "fusion"} and "ensemble" in row["mcs"]["p"]
+        assert "persistence" not in row["mcs"]["included"] and row["gain"]["persistence"]["p_holm"] < 0.01
+        assert 0 < row["agreement"]["cover"] <= 1 and row["agreement"]["rule"]["hit_rate"] > 0.5
+    json.dumps(planted)
 
 
 def test_the_sample_holds_the_labels_of_its_decisions(artifact):  # noqa: F811
