@@ -136,7 +136,7 @@ def verdict(done: Finished) -> tuple[str, list[str]]:
     if not found:
         first = f"Nothing could be scored out of sample: {NOT_SHOWN}."
     elif not shown:
-        first = f"Out of sample {NOT_SHOWN}: in no case do all gains in log-loss lie above zero by their intervals."
+        first = f"Out of sample {NOT_SHOWN}: in no case do all gains in log-loss lie above zero by Holm-adjusted tests."
     else:
         named = ", ".join(shown[:6]) + (" and more" if len(shown) > 6 else "")
         first = f"Out of sample the ensemble beats every baseline in {len(shown)} of {sum(g.enough for g in found)} cases: {named}."

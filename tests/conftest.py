@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("cift", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("cift")
 
-DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+DATA = (Path(__file__).resolve().parents[2] / "shared" / "data").resolve()
 
 
 @pytest.fixture(scope="session")
