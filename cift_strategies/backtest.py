@@ -192,13 +192,14 @@ def notes(p: Plan) -> list[str]:
 def estimate(p: Plan) -> str:
     """Time and memory that the run will take, from the catalog's size and figures measured on two cores."""
     training = 0 if p.config.artifacts else p.events - p.streamed
-    seconds = 15 + training * TRAINING_S + p.streamed * STREAMING_S
+    seconds = (5 if p.config.artifacts else START_S) + training * TRAINING_S + p.streamed * STREAMING_S
     return f"{p.events:,} events of {len(p.ids)} instruments: about {_duration(seconds)} and {BASE_GB + 0.12 * len(p.ids):.1f} GB of memory"
 
 
-TRAINING_S: Final = 8e-6  # per event of the training range
-STREAMING_S: Final = 8e-6  # per streamed event
-BASE_GB: Final = 1.2
+START_S: Final = 30  # fitting, compiling
+TRAINING_S: Final = 2e-5  # per event of the training range
+STREAMING_S: Final = 1e-5  # per streamed event
+BASE_GB: Final = 1.6  # of both processes
 
 
 def _duration(seconds: float) -> str:
@@ -247,89 +248,6 @@ def delay(p: Plan, instruments: int, q: Sequence[float], ns: Sequence[float]) ->
 
     fixed = None if p.config.latency_ms == "auto" else round(p.config.latency_ms * 1e6)
     return Delay(instruments, p.config.seed, fixed, q, ns)
-
-
-# --- the rule, in a second process ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Aside:
-    """What the second process brings: data quality where nobody has counted, and the rule with what it traded."""
-
-    quality: dict[str, int] | None
-    traded: Traded | None
-    rule: dict[str, Any]
-
-
-def aside(p: Plan, count_quality: bool, q: Sequence[float], ns: Sequence[float]) -> Aside:
-    """Count the data's faults, fit the rule on the training range and trade it over the rest."""
-    from cift_strategies.faults import Faults
-    from cift_strategies.rule import RulePredictor, fit
-
-    instruments = p.instruments
-    quality = None
-    if count_quality:
-        from catalog.quality import check
-
-        quality = {k: n for k, n in check(read_catalog(p.root, p.ids, p.first, p.last)[1], list(instruments)).counts.items() if n}
-    if not p.config.rule or p.split <= p.first:
-        return Aside(quality, None, {})
-    mids: dict[int, float] = {}
-    for events in read_catalog(p.root, p.ids, p.first, p.split)[1]:
-        for k in np.unique(events["instrument"]):
-            priced = events["price"][(events["instrument"] == k) & (events["price"] > 0)]
-            if len(priced) and int(k) not in mids:
-                mids[int(k)] = float(np.median(priced)) / 1e9
-        if len(mids) == len(instruments):
-            break
-    costs = [2 * (x.taker_fee * mids.get(k, 0.0) + x.fee_per_unit / x.multiplier) / (x.tick / 1e9) for k, x in enumerate(instruments)]
-    rule = fit(instruments, blocks(p, p.first, p.split), costs)
-    terms = p.terms((), Faults())
-    traded, _, _ = stream(p, RulePredictor(rule, delay(p, len(instruments), q, ns)), terms)
-    return Aside(quality, traded, {"rules": {x.id: r.told() for x, r in zip(instruments, rule)}})
-
-
-def _aside_process(pipe: Any, *arguments: Any) -> None:
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends this one
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
-    try:
-        pipe.send((aside(*arguments), ""))
-    except InputError as error:
-        pipe.send((None, str(error)))
-    except BaseException:
-        import traceback
-
-        pipe.send((None, traceback.format_exc()))
-
-
-class Second:
-    """The second process: :meth:`result` waits for it, :meth:`stop` ends it."""
-
-    def __init__(self, *arguments: Any) -> None:
-        from multiprocessing import get_context
-
-        context = get_context("spawn")
-        self._pipe, theirs = context.Pipe(duplex=False)
-        self._process = context.Process(target=_aside_process, args=(theirs, *arguments), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def result(self) -> Aside:
-        try:
-            found: Aside | None
-            found, fault = self._pipe.recv()
-        except EOFError:
-            raise RuntimeError(f"the rule's process ended with exit code {self._process.exitcode}; out of memory?") from None
-        self._process.join()
-        if found is None:
-            raise RuntimeError(f"the rule's process failed:\n{fault}")
-        return found
-
-    def stop(self) -> None:
-        if self._process.is_alive():
-            self._process.kill()
 
 
 # --- a run ----------------------------------------------------------------------------------------------------------------------------
@@ -416,7 +334,7 @@ class _Open:
     """What has to be put away when the process is left from within the engine."""
 
     part: Path | None = None
-    second: Second | None = None
+    second: Any = None  # aside.Second
 
 
 def clean_up(keep: Path | None = None) -> None:
@@ -433,8 +351,14 @@ def _run(
     config: RunConfig, found: sources.Source, p: Plan, out: Path, part: Path, began: float, leave: Callable[[BaseException], object] | None
 ) -> RunResult:
     from cift_models.inference import DEFAULT_LATENCY
+    from cift_strategies.aside import Aside, Second
 
     q, ns = DEFAULT_LATENCY.q, DEFAULT_LATENCY.ns
+    if config.artifacts is not None:
+        from cift_models.artifacts import read
+
+        told = read(config.artifacts).manifest["latency"]
+        q, ns = tuple(told["q"]), tuple(told["ns"])
     if config.rule or found.quality is None:
         _Open.second = Second(p, found.quality is None, q, ns)
     artifact = config.artifacts

@@ -118,4 +118,4 @@ def test_features_through_the_node_beside_an_empty_strategy(benchmark: Any, bina
     benchmark.extra_info["ratio"] = round(best["features"] / best["empty"], 3)
     benchmark.extra_info["ratio to chunked"] = round(best["features"] / best["empty, chunked"], 3)
     print(benchmark.extra_info)
-
+    assert benchmark.extra_info["ratio"] >= 0.3
