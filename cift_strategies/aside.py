@@ -56,6 +56,7 @@ def _aside_process(pipe: Any, *arguments: Any) -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends this one
+    os.nice(5)  # the first process goes before
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     try:
         pipe.send((aside(*arguments), None))
