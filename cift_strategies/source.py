@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,11 +33,25 @@ def demo(seed: int) -> Source:
     from catalog.databento import import_dbn
     from catalog.synthetic import FEE_PER_SHARE, make_market
 
-    market = make_market(STORE / f"demo-market-{seed}", seed, events=DEMO_RECORDS)
-    info = import_dbn([*market.mbo, *market.definitions])
+    place = STORE / f"demo-market-{seed}"
+    first_time = not place.exists()
+    warming = _in_background("cift_strategies.warm") if first_time else None
+    try:
+        market = make_market(place, seed, events=DEMO_RECORDS)
+        info = import_dbn([*market.mbo, *market.definitions])
+        if warming is not None:
+            warming.wait()
+    finally:
+        if warming is not None:
+            warming.kill()
     found = _catalog("demo", info.root, None, info.quality)
     traded = [replace(x, session=market.session, fee_per_unit=FEE_PER_SHARE) for x in found.instruments]
     return replace(found, instruments=traded, split=_last_open(info.root, traded))
+
+
+def _in_background(module: str) -> subprocess.Popen[bytes]:
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen([sys.executable, "-m", module], cwd=STORE.parents[1], stdin=quiet, stdout=quiet, stderr=quiet)
 
 
 def dbn(files: Sequence[Path], instruments: Path | None, symbols: Sequence[str] | None, start: int | None, end: int | None) -> Source:

@@ -123,3 +123,8 @@ def test_help_is_quick_to_import() -> None:
     code = f"import sys, run_backtest; print(sorted(m for m in {heavy} if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_kernels_of_a_run_compile_apart() -> None:
+    done = subprocess.run([sys.executable, "-m", "cift_strategies.warm"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
