@@ -20,6 +20,7 @@ from cift_models.train import gather, study
 from cift_models.windows import Block
 
 UPDATES, CAP = 5_000, 1_500
+GATED = ("gnn",)  # abstains at every horizon where it does not beat LASSO out of sample, as it may on so little data
 QUICK = {"transformer": {"epochs": 2}, "gnn": {"steps": 120}}  # how well they learn is their own tests' affair
 
 
@@ -101,7 +102,7 @@ def sound(proba, magnitude):
 
 def votes_are_probabilities(name, tmp_path):
     known = sound(*votes(member(name), [unseen()]))
-    assert known.any(), "it has something to say"
+    assert known.any() or name in GATED, "it has something to say"
 
 
 def deterministic_for_a_seed(name, tmp_path):
