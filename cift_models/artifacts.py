@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from catalog.errors import InputError
+from catalog.whole import replacing, sha256
 
 FORMAT: Final = 1
 KEYS: Final = ("format", "code", "features", "instruments", "horizons_ns", "range", "seed", "members", "latency", "files", "sha256")
@@ -44,11 +43,6 @@ def _own_sha256(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(_text({k: v for k, v in manifest.items() if k != "sha256"}).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def writable(out: Path) -> None:
     """Raises InputError where `out` is something other than an artifact, an empty folder or nothing: it would be replaced."""
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").is_file()):
@@ -59,25 +53,12 @@ def write(out: str | Path, manifest: dict[str, Any], save: Callable[[Path], None
     """Let `save` fill a fresh folder, complete the manifest with format, code version and hashes, and put it in the place of `out`."""
     out = Path(out)
     writable(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.parent / f".{out.name}.{os.getpid()}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    try:
+    with replacing(out) as part:
         save(part)
-        files = {f.relative_to(part).as_posix(): _sha256(f) for f in sorted(part.rglob("*")) if f.is_file()}
+        files = {f.relative_to(part).as_posix(): sha256(f) for f in sorted(part.rglob("*")) if f.is_file()}
         whole = {**manifest, "format": FORMAT, "code": code_version(), "files": files}
         whole["sha256"] = _own_sha256(json.loads(_text(whole)))
         (part / "manifest.json").write_text(_text(whole))
-        if out.exists():
-            old = out.parent / f".{out.name}.{os.getpid()}.old"
-            out.rename(old)
-            part.rename(out)
-            shutil.rmtree(old)
-        else:
-            part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return Artifact(out, json.loads(_text(whole)), whole["sha256"][:12])
 
 
@@ -106,7 +87,7 @@ def read(path: str | Path, features: Sequence[str] | None = None) -> Artifact:
         file = path / name
         if not file.is_file():
             raise InputError(f"{file} is missing: train again, or fetch a whole copy")
-        if _sha256(file) != sha:
+        if sha256(file) != sha:
             raise InputError(f"{file} was changed after it was written: train again, or fetch an unchanged copy")
     extra = sorted(f.relative_to(path).as_posix() for f in path.rglob("*") if f.is_file() and f.name != "manifest.json")
     if unknown := [f for f in extra if f not in manifest["files"]]:

@@ -6,7 +6,6 @@ it is whole. The plain rule is traded in a second process meanwhile, through the
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import time
@@ -26,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from catalog.errors import InputError
 from catalog.events import Instrument, read_catalog, trading_state
 from catalog.progress import Steps
+from catalog.whole import replacing
 from cift_strategies import source as sources
 from cift_strategies.risk import Limits
 from cift_strategies.settings import Settings
@@ -255,24 +255,11 @@ def delay(p: Plan, instruments: int, q: Sequence[float], ns: Sequence[float]) ->
 
 @contextmanager
 def unfinished(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that takes its place when all went well, and vanishes otherwise."""
+    """As :func:`catalog.whole.replacing`. Raises InputError where `out` holds anything but the results of a run."""
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "summary.json").is_file()):
         raise InputError(f"{out} exists and holds no results of a run: choose another --out, or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.parent / f".{out.name}.{os.getpid()}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    try:
+    with replacing(out) as part:
         yield part
-        if out.exists():
-            old = out.parent / f".{out.name}.{os.getpid()}.old"
-            out.rename(old)
-            part.rename(out)
-            shutil.rmtree(old)
-        else:
-            part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def resolve(config: RunConfig) -> sources.Source:
