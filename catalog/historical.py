@@ -21,6 +21,7 @@ from typing import Any, Final, TypeVar
 
 from catalog.errors import InputError
 from catalog.progress import Steps
+from catalog.whole import sha256
 
 KEY_VARIABLE: Final = "DATABENTO_API_KEY"
 GATEWAY_VARIABLE: Final = "DATABENTO_GATEWAY"  # another host that speaks the API, a local one in tests
@@ -41,9 +42,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Quote:
-    """What the missing parts are and cost, in US dollars as the service states it."""
+    """What the missing parts are and cost, in US dollars as the service states it; `here` are the finished ones."""
 
     parts: tuple[Part, ...]
+    here: tuple[Part, ...]
     records: int
     bytes: int
     cost: float
@@ -125,10 +127,12 @@ class Historical:
             there = f"{first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC"
             raise InputError(f"{dataset} has data from {there} for this key: choose --start and --end inside")
         parts: list[Part] = []
+        here: list[Part] = []
         records = size = 0
         cost = 0.0
         for p in _parts(dataset, schemas, symbols, start, end, out):
             if _is_whole(p.path):
+                here.append(p)
                 continue
             ask = _request(dataset, symbols, p)
             n = int(self._ask("a record count", lambda ask=ask: meta.get_record_count(**ask)))  # type: ignore[misc]
@@ -138,7 +142,7 @@ class Historical:
             records += n
             size += int(self._ask("a size", lambda ask=ask: meta.get_billable_size(**ask)))  # type: ignore[misc]
             cost += float(self._ask("a price", lambda ask=ask: meta.get_cost(**ask)))  # type: ignore[misc]
-        return Quote(tuple(parts), records, size, cost)
+        return Quote(tuple(parts), tuple(here), records, size, cost)
 
     def fetch(self, dataset: str, symbols: Sequence[str], quote: Quote) -> list[Path]:
         """Download the parts of `quote`; returns the files in order of time. Each is verified against the record count of the service."""
@@ -165,7 +169,7 @@ class Historical:
 
         try:
             got = self._ask(f"{part.path.name}", once)
-            seal = {"sha256": _sha256(temporary), "records": got, "bytes": temporary.stat().st_size}
+            seal = {"sha256": sha256(temporary), "records": got, "bytes": temporary.stat().st_size}
             _write_json(_seal(part.path), seal)
             os.replace(temporary, part.path)
             return got
@@ -200,7 +204,8 @@ def download(
         if not confirm(quote):
             raise InputError("declined: nothing was downloaded and nothing is charged")
         api.fetch(dataset, symbols, quote)
-    files = [p.path for p in _parts(dataset, schemas, symbols, t0, t1, out) if _is_whole(p.path)]
+    whole = {p.path for p in (*quote.here, *quote.parts)}
+    files = [p.path for p in _parts(dataset, schemas, symbols, t0, t1, out) if p.path in whole]
     if not files:
         raise InputError(f"{dataset} has no {schema} records of {', '.join(symbols)} in that range: choose another range or other symbols")
     return files
@@ -254,7 +259,7 @@ def _is_whole(path: Path) -> bool:
     """Whether `path` is a finished part whose bytes are those that were sealed."""
     try:
         seal = json.loads(_seal(path).read_text())
-        return bool(path.stat().st_size == seal["bytes"] and _sha256(path) == seal["sha256"])
+        return bool(path.stat().st_size == seal["bytes"] and sha256(path) == seal["sha256"])
     except (OSError, ValueError, KeyError):
         return False
 
@@ -267,11 +272,6 @@ def _count_records(path: Path) -> int:
         return sum(len(block) for block in databento.DBNStore.from_file(path).to_ndarray(count=1 << 18))
     except Exception as e:
         raise databento.BentoError(f"damaged file: {e}") from None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _write_json(path: Path, content: object) -> None:
