@@ -18,7 +18,7 @@ from rich.table import Table
 from catalog import importer, parquet, quality
 from catalog.databento import import_dbn
 from catalog.dbn import SCHEMAS, Dbn, read_definitions, stream
-from catalog.errors import InputError, exit_code
+from catalog.errors import InputError, exit_code, run_typer
 from catalog.events import Instrument, is_inferred, read_catalog, read_instruments_toml, text
 from catalog.importer import CatalogInfo
 from catalog.lobster import import_lobster, is_lobster
@@ -244,12 +244,7 @@ def _span(seconds: float) -> str:
 
 def main() -> None:
     """The command line; how it ends is told by exceptions (:func:`catalog.errors.exit_code`)."""
-    try:
-        app()
-    except SystemExit as e:
-        if e.code == 130:
-            raise KeyboardInterrupt from None
-        raise
+    run_typer(app)
 
 
 if __name__ == "__main__":

@@ -41,3 +41,13 @@ def exit_code(main: Callable[[], object]) -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+def run_typer(app: Callable[[], object]) -> None:
+    """Run a Typer app for :func:`exit_code`: Typer makes an exit of Ctrl-C, here it is raised again."""
+    try:
+        app()
+    except SystemExit as e:
+        if e.code == 130:
+            raise KeyboardInterrupt from None
+        raise

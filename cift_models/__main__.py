@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from catalog.errors import InputError, exit_code
+from catalog.errors import InputError, exit_code, run_typer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Train, score and look at models.")
 Catalog = Annotated[Path, typer.Option(help="folder of a NautilusTrader catalog")]
@@ -122,12 +122,7 @@ def features() -> None:
 
 def main() -> None:
     """The command line; how it ends is told by exceptions (:func:`catalog.errors.exit_code`)."""
-    try:
-        app()
-    except SystemExit as e:
-        if e.code == 130:
-            raise KeyboardInterrupt from None
-        raise
+    run_typer(app)
 
 
 if __name__ == "__main__":
