@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import pytest
+from timing import best
 
 from catalog.events import EVENT, SCALE, Instrument
 from cift_models.gnn import CELL, EDGE, NOW, Config, Gnn, H, Inputs, Scales, T, _weights, torch_net
@@ -16,18 +13,6 @@ from cift_models.windows import Block
 
 NAMES = ("mid", "spread", "imbalance_1", "ofi_fast", "ofi_1", "trade_imbalance_1s")
 N = 4
-
-
-def best(*runs: Callable[[], Any], times: int = 5) -> list[float]:
-    """Least CPU seconds of each, taken in turns so that a busy machine meets them alike."""
-    took = [[np.inf] for _ in runs]
-    for n in range(times + 1):
-        for run, mine in zip(runs, took):
-            begin = time.thread_time()
-            run()
-            if n:
-                mine.append(time.thread_time() - begin)
-    return [min(mine) for mine in took]
 
 
 @pytest.fixture(scope="module")

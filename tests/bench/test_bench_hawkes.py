@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from math import exp, log
-from typing import Any
 
 import numpy as np
 import pytest
 from numba import njit
+from timing import best
 
 from catalog.events import CANCEL, EVENT, SCALE, TRADE
 from cift_models.hawkes import Gatherer, Hawkes, Online, Params, _classify_all, _codes, loglik, observe
@@ -43,18 +41,6 @@ def plain(dt, kind, mu, alpha, beta, g_mu, g_alpha):
     return value
 
 
-def best(*runs: Callable[[], Any], times: int = 7) -> list[float]:
-    """Least CPU seconds of each, taken in turns so that a busy machine meets them alike."""
-    took = [[np.inf] for _ in runs]
-    for n in range(times + 1):
-        for run, mine in zip(runs, took):
-            begin = time.thread_time()
-            run()
-            if n:
-                mine.append(time.thread_time() - begin)
-    return [min(mine) for mine in took]
-
-
 def stream(types: int, decays: int) -> tuple[np.ndarray, np.ndarray, Params]:
     rng = np.random.default_rng(0)
     t = np.cumsum(rng.exponential(0.01, EVENTS) / 1e-9).astype(np.int64)
@@ -67,8 +53,9 @@ def test_likelihood_with_learned_decays_keeps_up_with_a_plain_recursion_with_fix
     t, kind, p = stream(types, decays)
     seen = observe(t, kind, types, 24)
     yardstick, ours = best(
-        lambda: plain(seen.dt, kind, p.mu[:, 0], p.alpha, p.beta, np.zeros(types), np.zeros_like(p.alpha)), lambda: loglik(p, seen)
-    )
+        lambda: plain(seen.dt, kind, p.mu[:, 0], p.alpha, p.beta, np.zeros(types), np.zeros_like(p.alpha)),
+        lambda: loglik(p, seen), times=7,
+    )  # fmt: skip
     benchmark.pedantic(loglik, (p, seen), rounds=3)
     benchmark.extra_info |= {"million events/s": EVENTS / ours / 1e6, "plain": EVENTS / yardstick / 1e6, "ratio": yardstick / ours}
     assert yardstick / ours > 0.8

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from timing import best
 
 from catalog.events import EVENT, SCALE, Instrument
 from cift_models import transformer as tf
@@ -18,18 +18,6 @@ from cift_models.windows import SECOND, Block, History, closes, new_batches
 NAMES = ("mid", *COLUMNS)
 N = 4
 INSTRUMENTS = [Instrument(f"I{k}.X", SCALE // 100, SCALE, 1.0, "USD") for k in range(N)]
-
-
-def best(*runs: Callable[[], Any], times: int = 5) -> list[float]:
-    """Least CPU seconds of each, taken in turns so that a busy machine meets them alike."""
-    took = [[np.inf] for _ in runs]
-    for n in range(times + 1):
-        for run, mine in zip(runs, took):
-            begin = time.thread_time()
-            run()
-            if n:
-                mine.append(time.thread_time() - begin)
-    return [min(mine) for mine in took]
 
 
 @pytest.fixture(scope="module")
