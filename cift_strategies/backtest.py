@@ -6,11 +6,13 @@ it is whole. The plain rule is traded in a second process meanwhile, through the
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -73,7 +75,7 @@ class RunConfig(BaseModel):
     seed: Annotated[int, Field(ge=0)] = 7
     out: Path | None = None
     rule: bool = True  # trade the plain rule beside the ensemble
-    chunk_size: Annotated[int | None, Field(gt=0)] = 100_000
+    chunk_size: Annotated[int | None, Field(gt=0)] = 20_000  # records of a kind and instrument that the engine holds
     settings: Settings = Settings()
     limits: Limits = Limits()
 
@@ -353,6 +355,7 @@ def _run(
         from cift_models.train import train
 
         artifact = train(p.training, out=part / "artifact", seed=config.seed, members=config.train, own=config.members)
+        _give_back()
 
     from cift_models import artifacts
     from cift_models.features import NAMES
@@ -443,6 +446,14 @@ def _run(
     summary["wall_seconds"] = time.monotonic() - began
     write_json(part / "summary.json", summary)
     return outcome
+
+
+def _give_back() -> None:
+    """What training has freed goes back to the system, where its C library can do so: the stream would come on top of it."""
+    gc.collect()
+    pa.default_memory_pool().release_unused()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _need_cuda() -> None:

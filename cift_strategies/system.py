@@ -97,7 +97,7 @@ class Replay:
     end: int  # ns, inclusive
     capital: float
     order_latency_ns: int
-    chunk_size: int | None = 100_000
+    chunk_size: int | None = 20_000
 
 
 def venues(replay: Replay, faults: Faults) -> list[BacktestVenueConfig]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Small
 from nautilus_trader.common import DataActor, DataActorConfig
 from nautilus_trader.model import ActorId
 from tapes import SHARE, Tape, write
@@ -103,6 +104,12 @@ def test_levels_of_four_instruments_on_binance(binance: tuple[Path, list[Instrum
 
 def test_orders_of_the_es_session(es: tuple[Path, list[Instrument]]) -> None:
     assert_same(Published(*es), *es)
+
+
+def test_orders_of_the_planted_market(small: Small) -> None:
+    """Made as the demo is, only smaller: two instruments, two sessions, executions in parts as Nasdaq publishes them."""
+    instruments = read_catalog(small.catalog)[0]
+    assert_same(Published(small.catalog, instruments), small.catalog, instruments)
 
 
 def test_best_quotes_alone(tmp_path: Path) -> None:
