@@ -1,18 +1,17 @@
 """The table of alternative data: 27 named features, each value with the time it is about and the time it was known.
 
-Takes Parquet or CSV files of the schema in docs/altdata.md (made by :func:`markdown`), gives a :class:`Table`; :func:`asof` joins it to
-decision times by the time known, :class:`Stream` does the same one decision at a time. What Polygon offers of the 27 is fetched by
-:mod:`catalog.altfill`; the rest comes from the user's own file.
+Takes Parquet or CSV files of the schema in docs/altdata.md (made by :func:`markdown`), gives a :class:`Table`; :mod:`catalog.asof` joins
+it to decisions by the time known. What Polygon offers of the 27 is fetched by :mod:`catalog.altfill`; the rest comes from the user's own
+file; the synthetic exchange plants its own (:mod:`catalog.planted_altdata`).
 """
 
 from __future__ import annotations
 
 import difflib
-import heapq
 import json
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -129,7 +128,7 @@ _COLUMNS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of the table, sorted by `ts_known`, then `ts_event`. Times in ns UTC."""
+    """Rows of the table; :func:`table` and :func:`read` sort them by `ts_known`, then `ts_event`. Times in ns UTC."""
 
     names: tuple[str, ...]  # instruments
     instrument: NDArray[np.int32]  # (n,) index into names
@@ -137,7 +136,6 @@ class Table:
     value: Floats  # (n,)
     ts_event: Ints  # (n,)
     ts_known: Ints  # (n,)
-    _series: dict[str, list[tuple[Ints, Floats, Ints]]] = field(default_factory=dict, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.value)
@@ -213,6 +211,33 @@ def merge(*tables: Table) -> Table:
     return table((r for t in tables for r in t.rows()), "the merged tables")
 
 
+def extended(recorded: Table, new: Table) -> tuple[Table, int]:
+    """`recorded` and the rows of `new` that it lacks; and of how many rows the value differs: the recorded one is kept.
+
+    What was recorded is what was known at the time; a service may have changed its past since.
+    """
+    held = {(i, f, e, k): v for i, f, v, e, k in recorded.rows()}
+    rows = new.rows()
+    fresh = [r for r in rows if (r[0], r[1], r[3], r[4]) not in held]
+    changed = sum(held.get((i, f, e, k), v) != v for i, f, v, e, k in rows)
+    return table([*recorded.rows(), *fresh], "the rows"), changed
+
+
+def stack(*tables: Table) -> Table:
+    """All rows of checked tables, unsorted and as they are."""
+    names = tuple(sorted({n for t in tables for n in t.names}))
+    place = {n: k for k, n in enumerate(names)}
+    of = [np.array([place[n] for n in t.names], np.int32)[t.instrument] if len(t) else t.instrument for t in tables]
+    kinds = (np.int32, np.int8, np.float64, np.int64, np.int64)
+    columns = [[o, t.feature, t.value, t.ts_event, t.ts_known] for o, t in zip(of, tables)]
+    return Table(names, *(np.concatenate([np.empty(0, kind), *(c[j] for c in columns)]).astype(kind) for j, kind in enumerate(kinds)))
+
+
+def delayed(data: Table, by_s: float) -> Table:
+    """The same rows, each known `by_s` seconds later: what a slower source is worth."""
+    return replace(data, ts_known=data.ts_known + round(by_s * 1e9))
+
+
 def read(path: str | Path) -> Table:
     """A table from a .parquet or .csv file. Raises InputError that names the file, the row and what to mend.
 
@@ -285,84 +310,6 @@ def write(data: Table, path: str | Path) -> None:
     part.replace(path)
 
 
-# --- as of ----------------------------------------------------------------------------------------------------------------------------
-
-
-def _ranks(names: Iterable[str], instrument: str) -> dict[int, int]:
-    """Which of `names` speak about `instrument`: 0 all instruments, 1 its symbol, 2 its id."""
-    mine = {ALL: 0, instrument.rsplit(".", 1)[0]: 1, instrument: 2}
-    return {k: mine[name] for k, name in enumerate(names) if name in mine}
-
-
-def _series(data: Table, instrument: str) -> list[tuple[Ints, Floats, Ints]]:
-    """Per feature: when knowledge changed, and the value and the event time known from then on."""
-    if instrument not in data._series:
-        rank = _ranks(data.names, instrument)
-        mine = np.flatnonzero(np.isin(data.instrument, list(rank)))
-        ranks = np.array([rank[int(k)] for k in data.instrument[mine]], np.int64)
-        mine = mine[np.lexsort((ranks, data.ts_event[mine], data.ts_known[mine]))]
-        out = []
-        for f in range(len(FEATURES)):
-            rows = mine[data.feature[mine] == f]
-            event = data.ts_event[rows]
-            newest = np.maximum.accumulate(np.where(event == np.maximum.accumulate(event), np.arange(len(rows)), 0)) if len(rows) else rows
-            out.append((data.ts_known[rows], data.value[rows[newest]], event[newest]))
-        data._series[instrument] = out
-    return data._series[instrument]
-
-
-def asof(data: Table, instrument: str, ts: Ints) -> tuple[Floats, Floats]:
-    """What was known of `instrument` (id) at each of `ts` (n,) ns UTC: values (n, 27) and ages (n, 27) in seconds since `ts_event`.
-
-    Of all rows with `ts_known` <= ts the one about the newest event counts; of several about the same event the one known last (a
-    revision); at the same stamps a row of the id goes before one of the symbol, and that before one for all. NaN where nothing was known.
-    """
-    ts = np.asarray(ts, np.int64)
-    values = np.full((len(ts), len(FEATURES)), np.nan)
-    ages = np.full((len(ts), len(FEATURES)), np.nan)
-    for f, (known, value, event) in enumerate(_series(data, instrument)):
-        at = np.searchsorted(known, ts, "right") - 1
-        has = at >= 0
-        values[has, f] = value[at[has]]
-        ages[has, f] = (ts[has] - event[at[has]]) / 1e9
-    return values, ages
-
-
-class Stream:
-    """:func:`asof` one decision at a time, for one instrument: equal to it to the last bit, and new rows may come in while it runs."""
-
-    def __init__(self, data: Table, instrument: str) -> None:
-        self.instrument = instrument
-        self.now = np.iinfo(np.int64).min
-        self.value = np.full(len(FEATURES), np.nan)
-        self._best: list[tuple[int, int, int] | None] = [None] * len(FEATURES)
-        rank = _ranks(data.names, instrument)
-        mine = np.flatnonzero(np.isin(data.instrument, list(rank)))
-        columns = (data.ts_known, data.ts_event, data.instrument, data.feature, data.value)
-        self._waiting = [(k, e, rank[i], f, v) for k, e, i, f, v in zip(*(c[mine].tolist() for c in columns))]
-        heapq.heapify(self._waiting)
-
-    def push(self, data: Table) -> None:
-        """New rows; those already known at the last step count from the next one on."""
-        rank = _ranks(data.names, self.instrument)
-        for i, f, v, e, k in zip(*(c.tolist() for c in (data.instrument, data.feature, data.value, data.ts_event, data.ts_known))):
-            if i in rank:
-                heapq.heappush(self._waiting, (k, e, rank[i], f, v))
-
-    def step(self, ts: int) -> tuple[Floats, Floats]:
-        """Values (27,) and ages (27,) in seconds at `ts` (ns UTC). Raises ValueError when `ts` runs backwards."""
-        if ts < self.now:
-            raise ValueError(f"time ran backwards: {ts} after {self.now}")
-        self.now = ts
-        while self._waiting and self._waiting[0][0] <= ts:
-            known, event, near, f, value = heapq.heappop(self._waiting)
-            best = self._best[f]
-            if best is None or (event, known, near) >= best:
-                self._best[f], self.value[f] = (event, known, near), value
-        ages = np.array([np.nan if b is None else (ts - b[0]) / 1e9 for b in self._best])
-        return self.value.copy(), ages
-
-
 def markdown() -> str:
     """docs/altdata.md."""
 
@@ -389,6 +336,19 @@ integers, in CSV integers or ISO 8601 with a zone (`2024-01-03T14:30:00Z`); inte
 A decision at time t sees the rows with `ts_known` <= t only. Of those the one about the newest event counts, of several about the same
 event the one known last, so a revision is a second row with the same `ts_event` and a later `ts_known`. What is not known is missing
 (NaN), and the age of each value, t minus `ts_event`, stands beside it. Every row is checked; equal rows count once.
+
+```
+python -m uv run python -m catalog altdata fill AAPL,MSFT --start 2024-01-02 --end 2024-01-05 --sector AAPL=XLK --out alt.parquet
+python -m uv run python -m catalog altdata merge alt.parquet mine.csv --out all.parquet    # one checked table of several
+python -m uv run python -m catalog altdata describe all.parquet
+python -m uv run python -m cift_models train --catalog DIR --altdata all.parquet --out ARTIFACT
+python -m uv run run_backtest.py --catalog DIR --altdata all.parquet
+```
+
+`fill` needs POLYGON_API_KEY. It adds to the table that is there and never replaces what was recorded; interrupted, the same command goes on
+where it stopped. Models use what is there: a feature that changes too seldom to learn from is left out, an artifact remembers its columns,
+and without the table they are missing. The demo market has a table of its own (`alternative.parquet`): four of its features tell late and
+through noise what is behind the market, the others are noise; `truth.json` says which.
 
 The delay is in seconds, from `ts_event` to the earliest `ts_known`. The column "Polygon" says what `catalog.altfill` can fetch: history
 for past ranges too; from now on only as of the moment of asking, because the service keeps no past of it (record it daily); with an

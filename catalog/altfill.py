@@ -8,8 +8,10 @@ treasury yields the next morning, chain snapshots when they were received.
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
 import math
 import re
+import sys
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -46,8 +48,9 @@ def fill(
     """Rows known in [start, end], and {group: why} for what the plan leaves out.
 
     `parts`: folder of downloaded quotes and trades (:func:`catalog.polygon.download`; needed for "large trades", filled where something
-    is missing). `sectors`: fund of each symbol's sector, {"AAPL": "XLK"}. `past`: rows recorded before, for iv_rank. `now`: ns UTC, the
-    time of asking; snapshots are taken when it lies in the range. Raises InputError as the client does, except for plans.
+    is missing) and of what each finished request of a past range gave, so that an interrupted filling goes on where it stopped.
+    `sectors`: fund of each symbol's sector, {"AAPL": "XLK"}. `past`: rows recorded before, for iv_rank. `now`: ns UTC, the time of asking;
+    snapshots are taken when it lies in the range. Raises InputError as the client does, except for plans.
     """
     if unknown := [g for g in groups if g not in GROUPS]:
         raise InputError(f"{unknown[0]!r} is no group of alternative data: the groups are {', '.join(GROUPS)}")
@@ -55,26 +58,43 @@ def fill(
         raise InputError("large trades need a folder for the downloaded trades: give parts")
     at = time.time_ns() if now is None else now
     until = min(end, at)
-    work: list[tuple[str, Callable[[], Iterable[Row]]]] = []
+    work: list[tuple[str, str, Callable[[], Iterable[Row]]]] = []
     for s in symbols:
-        work.append(("options", partial(option_volume, rest, s, start, until)))
+        work.append(("options", f"option volume of {s}", partial(option_volume, rest, s, start, until)))
         if start <= at <= end:
-            work.append(("options", partial(option_chain, rest, s, at, past)))
-        work += [("news", partial(news, rest, s, start, until)), ("earnings", partial(earnings, rest, s, start, end, at))]
+            work.append(("options", f"option chain of {s}", partial(option_chain, rest, s, at, past)))
+        work.append(("news", f"news of {s}", partial(news, rest, s, start, until)))
+        work.append(("earnings", f"earnings of {s}", partial(earnings, rest, s, start, end, at)))
         if parts is not None:
-            work.append(("large trades", partial(_tape, rest, s, start, until, parts)))
-    work += [("macro", partial(macro, rest, start, until)), ("macro", partial(sector_returns, rest, sectors or {}, start, until))]
+            work.append(("large trades", f"large trades of {s}", partial(_tape, rest, s, start, until, parts)))
+    work.append(("macro", "macro", partial(macro, rest, start, until)))
+    if sectors:
+        work.append(("macro", f"sectors {sorted(sectors.items())}", partial(sector_returns, rest, sectors, start, until)))
+    kept = parts / "alternative" if parts is not None and end < at else None
     rows: list[Row] = []
     left: dict[str, str] = {}
-    for group, rows_of in work:
+    for group, what, rows_of in work:
         if group in groups:
             try:
-                rows += rows_of()
+                rows += _once(kept, f"{what} from {start} to {end}", lambda: (r for r in rows_of() if start <= r[4] <= end))  # noqa: B023
             except Refused as e:
                 if e.status != 403:
                     raise
                 left[group] = str(e)
-    return altdata.table((r for r in rows if start <= r[4] <= end), "Polygon's rows"), left
+    return altdata.table(rows, "Polygon's rows"), left
+
+
+def _once(kept: Path | None, what: str, rows_of: Callable[[], Iterable[Row]]) -> list[Row]:
+    """The rows, asked for with progress, or found in `kept` from an earlier asking."""
+    place = None if kept is None else kept / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.parquet"
+    if place is not None and place.is_file():
+        return altdata.read(place).rows()
+    print(f"Polygon: {what.partition(' from ')[0]}", file=sys.stderr, flush=True)
+    rows = list(rows_of())
+    if place is not None:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        altdata.write(altdata.table(rows), place)
+    return rows
 
 
 def _delay(feature: str) -> int:

@@ -149,7 +149,7 @@ def hidden_state(rng: np.random.Generator, plan: Plan, instruments: int, mean_s:
     return Hidden(switches, states, regime, x, own, value)
 
 
-def _expected(plan: Plan, hidden: Hidden, i: int) -> Floats:
+def expected_return(plan: Plan, hidden: Hidden, i: int) -> Floats:
     """What informed traders know of instrument i: its expected return in units that are of order 1 in every regime, (n,)."""
     drift, sigma = np.array(plan.drift)[hidden.regime], np.array(plan.sigma)[hidden.regime]
     x = hidden.x[0] if i == 0 else plan.beta * hidden.x[0] + np.sqrt(1 - plan.beta**2) * hidden.x[i]
@@ -166,7 +166,7 @@ def flow(rng: np.random.Generator, plan: Plan, hidden: Hidden) -> tuple[Floats, 
     times, kinds, whose = [], [], []
     for i in range(instruments):
         mood = _ou(rng.standard_normal(len(activity)), float(np.exp(-every * GRID_S / plan.mood)))
-        known = np.zeros(len(activity)) if plan.null else _expected(plan, hidden, i)[::every]
+        known = np.zeros(len(activity)) if plan.null else expected_return(plan, hidden, i)[::every]
         felt = (known + plan.crowd * mood) / np.hypot(1.0, plan.crowd)
         leaning = np.tanh(np.stack([known] * 2 + [felt] * 4))
         rate = np.array(plan.base)[:, None] * activity * (1 + (sign * share)[:, None] * leaning)

@@ -1,8 +1,9 @@
 """A seeded market of several equities: genuine DBN files and the truth that was planted in them.
 
-Takes a seed and sizes; gives a folder with one MBO and one definition file per session (dataset XNAS.ITCH), `truth.json`, and
-`truth.parquet` with the oracle's probabilities. :mod:`catalog.planted` is what goes on behind the market, :mod:`catalog.exchange`
-the venue.
+Takes a seed and sizes; gives a folder with one MBO and one definition file per session (dataset XNAS.ITCH), `truth.json`,
+`truth.parquet` with the oracle's probabilities, and `alternative.parquet`, the table of :mod:`catalog.altdata`.
+:mod:`catalog.planted` is what goes on behind the market, :mod:`catalog.planted_altdata` what is told of it, :mod:`catalog.exchange` the
+venue.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import pyarrow.parquet as pq
 import zstandard
 from numpy.typing import NDArray
 
+from catalog import altdata, planted_altdata
 from catalog.errors import InputError
 from catalog.exchange import LEVELS, MID2, RECV, SPREAD, WHOSE, Exchange, new_exchange, records, run_session
 from catalog.planted import (
@@ -46,7 +48,7 @@ from catalog.planted import (
 )
 from catalog.progress import Steps
 
-FORMAT: Final = 1  # of a market on disk; one of another format is made anew
+FORMAT: Final = 2  # of a market on disk; one of another format is made anew
 DATASET: Final = "XNAS.ITCH"
 SESSION: Final = "09:30-16:00 America/New_York"  # the recorded part ends at the close
 FIRST_DAY: Final = "2025-03-10"
@@ -69,6 +71,7 @@ class MarketFiles:
     definitions: tuple[Path, ...]  # one a session
     truth: Path  # truth.json
     truth_table: Path  # truth.parquet
+    alternative: Path  # alternative.parquet
     symbols: tuple[str, ...]
     session: str  # "HH:MM-HH:MM Area/City"
 
@@ -139,7 +142,8 @@ def _read_truth(out: Path) -> dict[str, Any]:
 def _files(out: Path) -> MarketFiles:
     truth = _read_truth(out)
     mbo, definitions = (tuple(out / s[kind] for s in truth["sessions"]) for kind in ("mbo", "definition"))
-    return MarketFiles(out, mbo, definitions, out / "truth.json", out / truth["table"], tuple(truth["symbols"]), truth["session"])
+    tables = out / truth["table"], out / truth["alternative"]["table"]
+    return MarketFiles(out, mbo, definitions, out / "truth.json", *tables, tuple(truth["symbols"]), truth["session"])
 
 
 def _build(out: Path, made: dict[str, Any], plan: Plan) -> None:
@@ -149,6 +153,7 @@ def _build(out: Path, made: dict[str, Any], plan: Plan) -> None:
     chain = outlook(np.random.default_rng([made["seed"], 0]), plan, mean_s)
     opening = np.array(OPENING[:instruments])
     sessions, tables = [], []
+    told: list[planted_altdata.Row] = []
     with Steps("synthetic market", made["events"], "events") as steps:
         for k in range(made["sessions"]):
             rng = np.random.default_rng([made["seed"], k + 1])
@@ -164,6 +169,7 @@ def _build(out: Path, made: dict[str, Any], plan: Plan) -> None:
             tables.append(table)
             names = _write(out, day, symbols, 6_001 + 37 * k, x, (opening - MIDDLE) * TICK, shift)
             ends = int(x.out[written - 1, RECV])
+            told += planted_altdata.rows(np.random.default_rng([made["seed"], k + 1, 27]), plan, hidden, symbols, day, shift, shift + ends)
             seen = hidden.switches < ends / 1e9
             sessions.append(
                 names
@@ -181,6 +187,7 @@ def _build(out: Path, made: dict[str, Any], plan: Plan) -> None:
             steps.advance(written)
     table = {name: np.concatenate([t[name] for t in tables]) for name in tables[0]}
     pq.write_table(_truth_table(table), out / "truth.parquet", compression="zstd")
+    altdata.write(altdata.table(told), out / "alternative.parquet")
     _write_truth(out, made, plan, symbols, sessions, _scores(table))
 
 
@@ -344,7 +351,7 @@ def _write_truth(
         "taken it there from the present spread and not back, by the reflection principle; the probabilities are the mean over the "
         f"futures, with {UNSURE:.0%} spread evenly. Nothing is fitted to this market"
     )
-    names = [*(s[kind] for s in sessions for kind in ("mbo", "definition")), "truth.parquet"]
+    names = [*(s[kind] for s in sessions for kind in ("mbo", "definition")), "truth.parquet", "alternative.parquet"]
     truth = {
         "made": made,
         "symbols": list(symbols),
@@ -359,6 +366,12 @@ def _write_truth(
         "informed_share": 0.0 if plan.null else plan.informed,
         "sessions": sessions,
         "table": "truth.parquet",
+        "alternative": {
+            "table": "alternative.parquet",
+            "told": {name: {k: v for k, v in t._asdict().items() if k != "value"} for name, t in planted_altdata.PLANTED.items()},
+            "moves": "nothing" if plan.null else "expected return and trend: the efficient price; volatility: the size of its moves",
+            "noise": [name for name in altdata.NAMES if name not in planted_altdata.PLANTED],
+        },
         "oracle": {"how": oracle, "classes": "up: move > band; down: move < -band; flat: else; ticks of the mid", "scores": scores},
         "sha256": {name: _sha256(out / name) for name in names},
     }

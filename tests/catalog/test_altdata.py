@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
+import json
 import math
 import random
 from collections import Counter
@@ -17,11 +19,14 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_polygon import DAY, NY, Service, market, ns, true_trades
+from test_polygon import DAY, KEY, NY, Service, market, ns, true_trades
 from test_polygon import service as service
 
 from catalog import altfill, polygon, tape
-from catalog.altdata import FEATURES, INDEX, NAMES, Stream, Table, asof, markdown, merge, read, table, write
+from catalog import asof as joins
+from catalog.__main__ import main
+from catalog.altdata import FEATURES, INDEX, NAMES, Table, delayed, extended, markdown, merge, read, stack, table, write
+from catalog.asof import Lookup, asof, lookup
 from catalog.errors import InputError
 
 T0 = 1_700_000_000 * 10**9
@@ -40,6 +45,9 @@ def test_the_documentation_is_the_table_in_code() -> None:
 
 
 # --- as of ---
+
+
+IDS = ["AAPL.XNAS", "MSFT.XNAS"]
 
 
 def slow(rows: list[tuple[str, str, float, int, int]], instrument: str, ts: int) -> tuple[list[float], list[float]]:
@@ -65,21 +73,21 @@ def stamped(rows: list[tuple[str, str, float, int, int]]) -> list[tuple[str, str
 
 
 @given(st.lists(ROW, max_size=30), st.lists(st.integers(-3, 45), min_size=1, max_size=12))
-def test_a_join_equals_a_search_and_the_stream_equals_the_join(rows: list[Any], at: list[int]) -> None:
+def test_a_join_equals_a_search_and_one_decision_its_block(rows: list[Any], at: list[int]) -> None:
     rows = stamped(rows)
-    data = table(rows)
-    ts = np.array([T0 + t for t in at])
-    values, ages = asof(data, "AAPL.XNAS", ts)
+    known = Lookup(table(rows), IDS)
+    ts, who = np.array([T0 + t for t in at]), np.arange(len(at)) % 2
+    values, ages = known.at(who, ts)
     assert values.shape == ages.shape == (len(at), 27)
     for k, t in enumerate(ts.tolist()):
-        want = slow(rows, "AAPL.XNAS", t)
+        want = slow(rows, IDS[who[k]], t)
         np.testing.assert_array_equal(values[k], want[0])
         np.testing.assert_array_equal(ages[k], want[1])
-    stream = Stream(data, "AAPL.XNAS")
-    for t in sorted(ts.tolist()):
-        one = stream.step(t)
-        block = asof(data, "AAPL.XNAS", np.array([t]))
-        assert one[0].tobytes() == block[0][0].tobytes() and one[1].tobytes() == block[1][0].tobytes()
+        one = known.at(who[k : k + 1], ts[k : k + 1])
+        assert one[0].tobytes() == values[k].tobytes() and one[1].tobytes() == ages[k].tobytes()
+        assert asof(table(rows), IDS[who[k]], ts[k : k + 1])[0].tobytes() == values[k].tobytes()
+    some = np.array([INDEX[VIX], INDEX[COUNT]])
+    np.testing.assert_array_equal(known.at(who, ts, some)[0], values[:, some])
 
 
 @given(st.lists(ROW, max_size=25), st.lists(ROW, max_size=10), st.integers(0, 40))
@@ -117,27 +125,45 @@ def test_a_revision_replaces_and_old_news_that_comes_late_does_not() -> None:
     np.testing.assert_array_equal(values[:, INDEX[SHARE]], [np.nan, 0.1, 0.2, 0.2, 0.4])
 
 
-@given(st.lists(ROW, max_size=20), st.lists(ROW, max_size=10), st.lists(st.integers(0, 45), min_size=1, max_size=8))
-def test_rows_that_arrive_while_the_stream_runs_count_as_if_they_had_been_there(rows: list[Any], new: list[Any], at: list[int]) -> None:
-    whole = stamped(rows + new)
-    late = set(whole) - set(stamped(rows))
-    stream = Stream(table([r for r in whole if r not in late]), "AAPL.XNAS")
-    times = sorted(at)
-    for k, t in enumerate(times):
-        if k == len(times) // 2:
-            stream.push(table(late))
-        got = stream.step(T0 + t)
-    if len(times) // 2 <= len(times) - 1:
-        want = slow(whole, "AAPL.XNAS", T0 + times[-1])
-        np.testing.assert_array_equal(got[0], want[0])
-        np.testing.assert_array_equal(got[1], want[1])
+@given(
+    st.lists(ROW, max_size=20), st.lists(st.tuples(ROW, st.integers(0, 45)), max_size=10),
+    st.lists(st.integers(0, 45), min_size=1, max_size=8), st.integers(0, 4),
+)  # fmt: skip
+def test_rows_that_arrive_while_decisions_are_made_count_as_if_they_had_been_there(
+    rows: list[Any], new: list[tuple[Any, int]], at: list[int], fold: int
+) -> None:
+    """Each new row comes in at some time, late or early, alone; from then on a decision sees what a table with it from the start shows."""
+    whole = stamped(rows + [r for r, _ in new])
+    late = [(r, t) for r, t in zip(whole, [t for _, t in new] + [0] * len(whole)) if r not in set(stamped(rows))]
+    there = [r for r in whole if r not in {r for r, _ in late}]
+    known, was = Lookup(table(there), IDS), joins.FOLD
+    joins.FOLD = fold
+    try:
+        for t in sorted(at):
+            for r in [r for r, when in late if when <= t and r not in there]:
+                known.push(table([r]))
+                there.append(r)
+            got = known.at(np.zeros(1, np.int64), np.array([T0 + t]))
+            want = slow(there, "AAPL.XNAS", T0 + t)
+            np.testing.assert_array_equal(got[0][0], want[0])
+            np.testing.assert_array_equal(got[1][0], want[1])
+    finally:
+        joins.FOLD = was
+    assert sorted(known.data.rows()) == sorted(there) and len(known.of(["MSFT.XNAS"])) <= len(known)
 
 
-def test_time_in_a_stream_does_not_run_backwards() -> None:
-    stream = Stream(table([]), "AAPL.XNAS")
-    stream.step(T0)
-    with pytest.raises(ValueError, match="ran backwards"):
-        stream.step(T0 - 1)
+def test_a_table_about_others_is_told() -> None:
+    with pytest.raises(InputError, match=r"tell of AAPL, AAPL.XNAS, not of MSFT.XNAS"):
+        lookup(table([r for r in ROWS if r[0] != "*"]), ["MSFT.XNAS"])
+    assert lookup(table(ROWS), ["MSFT.XNAS"]).told(T0, T0 + 1000 * S) == {VIX: 1}
+
+
+def test_rows_are_stacked_delayed_and_extended() -> None:
+    one, other = table(ROWS), table([("MSFT", VIX, 1.0, T0, T0), ("AAPL", SHARE, 0.5, T0 + 1, T0 + 1)])
+    assert sorted(stack(one, other).rows()) == sorted([*one.rows(), *other.rows()]) and len(stack()) == 0
+    assert [(e, k - 2 * S) for *_, e, k in delayed(one, 2.0).rows()] == [(e, k) for *_, e, k in one.rows()]
+    whole, changed = extended(one, other)
+    assert changed == 1 and sorted(whole.rows()) == sorted([*one.rows(), other.rows()[0]])
 
 
 # --- files ---
@@ -567,3 +593,89 @@ def test_what_a_plan_leaves_out_is_told_and_the_rest_is_filled(service: Service,
         altfill.fill(service.rest(), ["AAPL"], *SPAN, groups=["weather"])
     with pytest.raises(InputError, match="give parts"):
         altfill.fill(service.rest(), ["AAPL"], *SPAN)
+
+
+# --- the command line ---
+
+
+def altdata(*arguments: object, monkeypatch: pytest.MonkeyPatch, service: Service | None = None, store: Path | None = None) -> None:
+    monkeypatch.setattr("sys.argv", ["catalog", "altdata", *map(str, arguments)])
+    if service is not None:
+        monkeypatch.setenv("POLYGON_API_KEY", KEY)
+        monkeypatch.setenv("POLYGON_BASE", service.base)
+        monkeypatch.setattr(polygon, "STORE", store)
+    with contextlib.suppress(SystemExit):  # how Typer ends
+        main()
+
+
+def test_a_table_is_filled_in_one_command_and_goes_on_where_it_was_interrupted(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    service.held = world(5, LATE)
+    line = ["fill", "AAPL", "--start", SPAN[0], "--end", SPAN[1], "--sector", "AAPL=XLK", "--out", tmp_path / "a.parquet"]
+    service.faults = [("I:VIX", "status", 401)]
+    with pytest.raises(InputError, match="refused the key"):
+        altdata(*line, monkeypatch=monkeypatch, service=service, store=tmp_path)
+    assert not (tmp_path / "a.parquet").exists(), "nothing half-written"
+    before = len(service.asked)
+    altdata(*line, monkeypatch=monkeypatch, service=service, store=tmp_path)
+    again = service.asked[before:]
+    assert again and not [a for a in again if "news" in a or "trades" in a or "O:" in a], "what was there is not asked for again"
+    got = read(tmp_path / "a.parquet")
+    assert sorted(got.rows()) == sorted(filled(service, tmp_path / "other", LATE).rows())
+    said = capsys.readouterr().out
+    assert f"{len(got):,} new rows, {len(got):,} in all" in said and "not there: put_call_open_interest" in said
+    altdata(*line, monkeypatch=monkeypatch, service=service, store=tmp_path)
+    assert "0 new rows" in capsys.readouterr().out and read(tmp_path / "a.parquet").rows() == got.rows()
+
+
+def test_what_a_service_changes_later_does_not_replace_what_was_recorded(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    service.held = world(5, LATE)
+    line = ["fill", "AAPL", "--start", SPAN[0], "--end", SPAN[1], "--groups", "macro", "--out", tmp_path / "a.parquet", "--json"]
+    altdata(*line, monkeypatch=monkeypatch, service=service, store=tmp_path / "1")
+    first = read(tmp_path / "a.parquet").rows()
+    for b in service.held["/v2/aggs/ticker/I:VIX/range/1/day"]:
+        b["c"] += 1
+    altdata(*line, monkeypatch=monkeypatch, service=service, store=tmp_path / "2")
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["new"] == 0 and told["changed"] == sum(r[1] == VIX for r in first) > 0
+    assert read(tmp_path / "a.parquet").rows() == first and told["features"][VIX]["early"] == 0
+
+
+def test_users_files_are_checked_described_and_made_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    write(table(ROWS), tmp_path / "a.parquet")
+    (tmp_path / "b.csv").write_text("instrument,feature,value,ts_event,ts_known\nMSFT,vix,20,2024-01-03T14:00:00Z,2024-01-03T14:00:01Z\n")
+    altdata("merge", tmp_path / "a.parquet", tmp_path / "b.csv", "--out", tmp_path / "c.parquet", monkeypatch=monkeypatch)
+    assert len(read(tmp_path / "c.parquet")) == 4
+    altdata("describe", tmp_path / "c.parquet", monkeypatch=monkeypatch)
+    said = capsys.readouterr().out
+    assert "known sooner than their source can tell" in said and "1 of vix" in said
+    altdata("describe", tmp_path / "c.parquet", "--json", monkeypatch=monkeypatch)
+    told = json.loads(capsys.readouterr().out)
+    assert told["rows"] == 4 and told["features"][SHARE]["instruments"] == ["AAPL"] and len(told["missing"]) == 24
+
+
+DAYS = ["fill", "AAPL", "--start", "2024-01-03", "--end", "2024-01-04"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["describe", "nowhere.parquet"], "does not exist"),
+        (["fill", "AAPL", "--start", "2024-01-03", "--end", "2024-01-02", "--out", "a.parquet"], "nothing to fill"),
+        ([*DAYS, "--out", "a.csv"], "written as .parquet"),
+        ([*DAYS, "--out", "no/a.parquet"], "the folder no does not exist"),
+        ([*DAYS, "--out", "a.parquet", "--sector", "XLK"], "SYMBOL=FUND"),
+        ([*DAYS, "--out", "a.parquet", "--sector", "B=XLK"], "not among the symbols"),
+        ([*DAYS, "--out", "a.parquet"], "no Polygon key"),
+        (["fill", "AAPL", "--start", "soon", "--end", "2024-01-04", "--out", "a.parquet"], "no time"),
+    ],
+)
+def test_what_the_user_got_wrong_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("POLYGON_API_KEY", raising=False)
+    with pytest.raises(InputError, match=words):
+        altdata(*arguments, monkeypatch=monkeypatch)
+    assert not list(tmp_path.iterdir())

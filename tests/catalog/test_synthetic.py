@@ -256,7 +256,7 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) -> 
     names = ("a", "b", "c")
     made = [make_market(tmp_path / name, seed=seed, sessions=2, events=24_000) for name, seed in zip(names, (3, 3, 4))]
     files = [{p.name: p.read_bytes() for p in m.root.iterdir()} for m in made]
-    assert files[0] == files[1] and len(files[0]) == 6
+    assert files[0] == files[1] and len(files[0]) == 7
     assert all(files[0][p.name] != files[2][p.name] for p in made[0].mbo)
 
 
