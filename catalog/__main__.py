@@ -1,4 +1,4 @@
-"""`python -m catalog import | download | describe | check | export`: get market data in, see what is there and what is wrong with it."""
+"""`python -m catalog import | download | describe | check | export | altdata`: get data in, see what is there and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -15,32 +15,25 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from catalog import importer, parquet, quality
+from catalog import altcommands, importer, parquet, quality
 from catalog.databento import import_dbn
 from catalog.dbn import SCHEMAS, Dbn, read_definitions, stream
 from catalog.errors import InputError, exit_code, run_typer
+from catalog.estimate import count_events, estimate
 from catalog.events import Instrument, is_inferred, read_catalog, read_instruments_toml, text
 from catalog.importer import CatalogInfo
 from catalog.lobster import import_lobster, is_lobster
+from catalog.moments import nanoseconds
 from catalog.parquet import iso
 from catalog.progress import Steps
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.add_typer(altcommands.app, name="altdata")
 console = Console(width=None if sys.stdout.isatty() else 160)
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
 Where = Annotated[Path, typer.Argument(help="the root of a catalog, or a DBN file")]
 Definitions = Annotated[Path | None, typer.Option("--instruments", help="TOML with definitions where the data has none")]
-
-
-def nanoseconds(moment: str | None) -> int | None:
-    """A time as typed ("2024-05-08", "2024-05-08T14:30", ns since 1970; UTC) in ns. Raises InputError."""
-    if moment is None:
-        return None
-    try:
-        return int(moment) if moment.isdigit() else int(np.datetime64(moment.removesuffix("Z"), "ns").astype(np.int64))
-    except (ValueError, OverflowError):
-        raise InputError(f'"{moment}" is no time: write 2024-05-08, 2024-05-08T14:30:00 or ns since 1970, in UTC') from None
 
 
 def _names(symbols: str | None) -> list[str] | None:
@@ -64,7 +57,7 @@ def import_(
 
 def _imported(info: CatalogInfo, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(asdict(info) | {"root": str(info.root)}))
+        print(json.dumps(asdict(info) | {"root": str(info.root), "first": _places(info.first)}))
         return
     verb = "was imported before" if info.reused else "imported"
     counts = ", ".join(f"{n:,} {kind.replace('_', ' ')}" for kind, n in info.counts.items() if n)
@@ -145,7 +138,7 @@ def describe(where: Where, as_json: Json = False) -> None:
 
 def _describe_catalog(root: Path, as_json: bool) -> None:
     parts, known = parquet.contents(root), parquet.read_instruments(root)
-    total = parquet.estimate(parts)
+    total = estimate(count_events(parts), len({p.id for p in parts}))
     if as_json:
         files = [asdict(p) | {"path": str(p.path)} for p in parts]
         print(json.dumps({"files": files, "instruments": [asdict(i) for i in known.values()], "estimate": asdict(total)}))
@@ -158,8 +151,7 @@ def _describe_catalog(root: Path, as_json: bool) -> None:
         span = iso(min(p.start for p in mine))[:23], iso(max(p.end for p in mine))[:23]
         table.add_row(key[0], tick, key[1], f"{sum(p.rows for p in mine):,}", size, *span)
     console.print(table)
-    cost = f"about {_span(total.seconds)} and {total.memory / 2**30:.1f} GB"
-    console.print(f"a backtest of all {total.events:,} events: {cost}, within a factor of two")
+    console.print(f"a backtest of all {total.events:,} events: {total.told}")
 
 
 def _describe_dbn(path: Path, as_json: bool) -> None:
@@ -202,44 +194,65 @@ def check(where: Where, instruments: Definitions = None, as_json: Json = False) 
     described = read_instruments_toml(instruments) if instruments else []
     if is_lobster(where):
         raise InputError(f"{where} is a LOBSTER file: import it first (python -m catalog import {where}) and check the catalog")
-    if where.is_dir():
-        table, source = read_catalog(where)
-        blocks: Iterator[NDArray[Any]] = source
-        checker = quality.Checker(table)
-        with Steps("check", sum(p.rows for p in parquet.contents(where)), "events") as steps:
-            for events in blocks:
-                checker.update(events)
+    checker = _catalog_checker(where) if where.is_dir() else quality.Checker([])
+    damage: InputError | None = None
+    with Steps("check", sum(p.rows for p in parquet.contents(where)) if where.is_dir() else 0, "events") as steps:
+        try:
+            for events, records in _catalog_rows(where) if where.is_dir() else _dbn_rows(where, described, checker):
+                checker.update(events, records)
                 steps.advance(len(events))
-    else:
-        found, pieces = stream(where, None, described)
-        ticks: list[Instrument] = []
-        checker = quality.Checker(ticks)
-        with Steps("check", 0, "events") as steps:
-            for b in pieces:
-                ticks += [replace(i, tick=1) if is_inferred(i) else i for i in found[len(ticks) :]]
-                checker.update(b.events, b.records)
-                steps.advance(len(b.events))
+        except InputError as e:
+            if not checker.events:
+                raise
+            damage = e
     q = checker.result()
     if as_json:
-        print(json.dumps(asdict(q)))
-        return
-    console.print(f"{q.events:,} events, {q.last_points:,} of them end a venue event")
-    _faults({k: n for k, n in q.counts.items() if n}, q.first, "position" if where.is_dir() else "record")
+        print(json.dumps(asdict(q) | {"first": _places(q.first), "damage": None if damage is None else str(damage)}))
+    else:
+        console.print(f"{q.events:,} events{' before the damage' if damage else ''}, {q.last_points:,} of them end a venue event")
+        _faults({k: n for k, n in q.counts.items() if n}, q.first, "position" if where.is_dir() else "record")
+    if damage is not None:
+        raise damage
 
 
-def _faults(counts: dict[str, int], first: dict[str, tuple[int, int]], what: str) -> None:
+def _catalog_checker(root: Path) -> quality.Checker:
+    parts = parquet.contents(root)
+
+    def locate(id_: str, ts: int, trade: bool) -> str:
+        mine = [p for p in parts if p.id == id_ and (p.type == parquet.TRADES) == trade and p.start <= ts <= p.end]
+        return str(mine[0].path.relative_to(root)) if mine else ""
+
+    return quality.Checker(read_catalog(root)[0], locate)
+
+
+def _catalog_rows(root: Path) -> Iterator[tuple[NDArray[Any], None]]:
+    return ((events, None) for events in read_catalog(root)[1])
+
+
+def _dbn_rows(path: Path, described: list[Instrument], checker: quality.Checker) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+    checker.file = path.name
+    found, blocks = stream(path, None, described, checker.bad)
+    for b in blocks:
+        known = len(checker.instruments)
+        checker.instruments += [replace(i, tick=1) if is_inferred(i) else i for i in found[known:]]
+        yield b.events, b.records
+
+
+def _places(first: dict[str, quality.First]) -> dict[str, Any]:
+    return {kind: place._asdict() | {"time": iso(place.ts)} for kind, place in first.items()}
+
+
+def _faults(counts: dict[str, int], first: dict[str, quality.First], what: str) -> None:
     if not counts:
         console.print("nothing wrong was found")
         return
-    table = Table("found", "count", f"first {what}", "first time", "meaning")
+    table = Table("found", "count", f"first {what}", "first time", "sequence", "meaning")
     for kind, n in counts.items():
-        position, ts = first[kind]
-        table.add_row(kind, f"{n:,}", f"{position:,}", iso(ts)[:23], quality.KINDS[kind])
+        at = first[kind]
+        table.add_row(kind, f"{n:,}", f"{at.position:,}", iso(at.ts), str(at.sequence), quality.KINDS[kind])
     console.print(table)
-
-
-def _span(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    for file in dict.fromkeys(first[kind].file for kind in counts):
+        console.print(f"first {', '.join(k for k in counts if first[k].file == file)}: in {file}", soft_wrap=True)
 
 
 def main() -> None:

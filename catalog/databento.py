@@ -35,7 +35,7 @@ def import_dbn(
     """Import DBN files (or folders of them) of one schema into one catalog: mbo (orders), mbp-10 (levels), mbp-1, tbbo, bbo and their
     consolidated kin (quotes and trades; no trades of bbo), or trades alone.
 
-    Status files among `files` or beside them become `status.parquet` (:func:`catalog.events.trading_state`).
+    Status files among `files` or beside them become Nautilus's InstrumentStatus (:func:`catalog.events.trading_state`).
     Definitions: the TOML file first, then definition files among `files` or beside them (`x.definition.dbn.zst` beside
     `x.mbo.dbn.zst`). `symbols`: raw symbols or instrument ids to keep. `start`, `end`: ns UTC, both inclusive, on the receive time.
     `out`: a folder that is absent, empty or holds this very import; None: a folder of the store named after files and content.
@@ -62,12 +62,13 @@ def import_dbn(
         return found
     for path, schema in passed.items():
         print(f"{path} holds {schema}, which is not read: passed over", file=sys.stderr)
-    known = {d.symbol: d for p in definitions for d in read_definitions(p)}
+    spreads: dict[str, int] = {}
+    known = {d.symbol: d for p in definitions for d in read_definitions(p, spreads)}
     known |= {i.id.rsplit(".", 1)[0]: Definition(i, i.id.rsplit(".", 1)[0], *_facts(known.get(i.id.rsplit(".", 1)[0]))) for i in described}
     numbers = {d.number: d.symbol for d in known.values() if d.number}
     told = [s for p in states for s in read_status(p, numbers)]
     notes = {"schema": Events(sources[0], lambda *_: -2).schema, "passed_over": {str(p): s for p, s in passed.items()}}
-    return make(root, key, sources, hashes, known, symbols, start, end, told, notes)
+    return make(root, key, sources, hashes, known, symbols, start, end, told, notes, spreads)
 
 
 def _facts(d: Definition | None) -> tuple[Any, ...]:
@@ -110,4 +111,4 @@ def _sorted(files: Sequence[str | Path]) -> tuple[list[Dbn], list[Path], list[Pa
     if len(schemas) > 1:
         held = ", ".join(f"{path.name} ({schema})" for schema, path in sorted(schemas.items()))
         raise InputError(f"the files are of several schemas, which tell the same market more than once: {held}; name the files of one")
-    return sorted(sources, key=lambda f: (int(f.metadata.start or 0), str(f.path))), list(definitions), list(states), passed
+    return sorted(sources, key=lambda f: (f.begins(), str(f.path))), list(definitions), list(states), passed

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from catalog.definitions import UNDEFINED_PRICE, UNDEFINED_TIME, Definition, beside, definition, inferred, tick_of
 from catalog.errors import InputError
 from catalog.events import EVENT, SCALE, Instrument, canonical, decimals
-from catalog.levels import LAYOUTS, STATE, Layout, convert, parts, room, unassigned
+from catalog.levels import LAYOUTS, SAMPLED, STATE, Layout, convert, parts, room, unassigned
 
 Array = NDArray[Any]
 CHUNK: Final = 1 << 16  # bytes of the file read at a time
@@ -118,6 +118,8 @@ def _walk(data: Array, kind: Any, size: Any, known: Array, at: Array, others: Ar
 class Dbn:
     """One DBN file. `schema` is "mbo", "definition", ... or None for a mixed file; `spans` the symbols of its metadata."""
 
+    empty = False  # a day of a market that never sleeps goes on where the one before ended
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.read = 0  # bytes of the file taken so far
@@ -186,6 +188,11 @@ class Dbn:
         """Whether the metadata's symbols are the venue's own (and not numbers, roots or continuous contracts)."""
         return str(self.metadata.stype_in) == "raw_symbol"
 
+    def begins(self) -> int:
+        """`ts_init` of its first event (ns UTC); where its metadata begins, if it has none. Raises InputError as :meth:`blocks`."""
+        first = next((int(b.events[0]["ts_init"]) for b in self.blocks(lambda *_: 0) if len(b.events)), None)
+        return int(self.metadata.start or 0) if first is None else first
+
     def blocks(self, resolve: Callable[[str, int, Array], int]) -> Iterator[Block]:
         """Its events (see :class:`Events`)."""
         return iter(Events(self, resolve))
@@ -207,12 +214,12 @@ class Dbn:
                 continue
             at, others = np.empty(len(data) // 16 + 1, np.int64), np.empty(len(data) // 16 + 1, np.int64)
             n, m, count, end, ok = _walk(data, kind, size, known, at, others)
-            if not ok:
-                raise InputError(f"{self.path} is damaged at record {number + count:,}: download it again")
             if n or m:
                 whole = n and at[n - 1] - at[0] == (n - 1) * size
                 rows = data[at[0] :][: n * size].reshape(n, size) if whole else data[at[:n, None] + np.arange(size)]
                 yield number, rows, [s for o in others[:m] if (s := _mapping(data[o:].tobytes())) is not None]
+            if not ok:
+                raise InputError(f"{self.path} is damaged at record {number + count:,}: download it again")
             number, left = number + count, data[end:].tobytes()
         if left:
             raise InputError(f"{self.path} is cut short within record {number:,}: download it again")
@@ -345,12 +352,13 @@ class Block:
 class Events:
     """The events of one file of a schema that is read (:data:`SCHEMAS`), block by block. `resolve(symbol, number, rows) -> index` names the
     instrument of a symbol met for the first time (`rows`: records at hand): an index into the caller's table, or -2 to pass it over.
+    `bad(record, ts, sequence)` is told of each record that is no event, which is left out; without it such a record is an InputError.
 
     Raises InputError for a file of a schema that is not read.
     """
 
-    def __init__(self, file: Dbn, resolve: Callable[[str, int, Array], int]) -> None:
-        self.file, self._resolve, self._numbers = file, resolve, Numbers(file.spans)
+    def __init__(self, file: Dbn, resolve: Callable[[str, int, Array], int], bad: Callable[[int, int, int], None] | None = None) -> None:
+        self.file, self._resolve, self._numbers, self._bad = file, resolve, Numbers(file.spans), bad
         self.schema = file.schema or _first_schema(file)
         if self.schema not in SCHEMAS:
             raise refused(file)
@@ -364,8 +372,17 @@ class Events:
         for symbol in self._numbers.symbols(number):
             self._numbers.assign(symbol, number, self._resolve(symbol, number, raw))
 
-    def _damaged(self, record: int, why: int) -> InputError:
-        return InputError(f"{self.file.path} is damaged at record {record:,}: it {_WHY[why]}; download it again")
+    def _faulty(self, heads: Array, first: int, bad: int, why: int, any_action: bool = False) -> Array:
+        """Which of the records `heads`, the first of them number `first`, are events; record `bad` is not, because of `why`."""
+        if self._bad is None:
+            raise InputError(f"{self.file.path} is damaged at record {first + bad:,}: it {_WHY[why]}; download it again")
+        none, stamps = np.uint64(UNDEFINED_TIME), (heads["ts_recv"], heads["ts_event"])
+        recv, event = (np.where(t == none, other, t) for t, other in zip(stamps, stamps[::-1]))
+        sound = (any_action | np.isin(heads["action"], list(b"ACMTRFN"))) & np.isin(heads["side"], list(b"BAN"))
+        sound &= (recv <= np.uint64(UNDEFINED_PRICE)) & (event <= np.uint64(UNDEFINED_PRICE))
+        for i in np.flatnonzero(~sound):
+            self._bad(first + int(i), min(int(recv[i]), UNDEFINED_PRICE), int(heads[i]["sequence"]))
+        return sound
 
     def _orders(self) -> Iterator[Block]:
         for first, data, spans in self.file.records():
@@ -374,15 +391,17 @@ class Events:
             raw = np.ascontiguousarray(data[:, : MBO.itemsize]).view(MBO)[:, 0]
             if not len(raw):
                 continue
-            out, where = np.empty(len(raw), EVENT), np.empty(len(raw), np.int64)
+            out, where, record = np.empty(len(raw), EVENT), np.empty(len(raw), np.int64), np.arange(first, first + len(raw))
             while True:
                 n, bad, why = _convert(raw, *self._numbers.arrays(), out, where)
                 if bad < 0:
                     break
-                if why != 4:
-                    raise self._damaged(first + bad, why)
-                self._name(raw, bad)
-            yield Block(out[:n], first + where[:n])
+                if why == 4:
+                    self._name(raw, bad)
+                else:
+                    sound = self._faulty(raw, first, bad, why)
+                    raw, record = raw[sound], record[sound]
+            yield Block(out[:n], record[where[:n]])
 
     def _levels(self, layout: Layout) -> Iterator[Block]:
         states = np.zeros((0, STATE), np.int64)
@@ -392,6 +411,7 @@ class Events:
             if not len(data):
                 continue
             heads, prices, sizes = parts(layout, data)
+            record = np.arange(first, first + len(heads))
             while (unknown := unassigned(heads, *self._numbers.arrays())) >= 0:
                 self._name(heads, unknown)
             arrays = self._numbers.arrays()
@@ -399,10 +419,13 @@ class Events:
             states = np.concatenate([states, np.zeros((more, STATE), np.int64)])
             rows = len(heads) * room(layout)
             out, where = np.empty(rows, EVENT), np.empty(rows, np.int64)
+            before = states.copy()
             n, bad, why = convert(heads, prices, sizes, layout.mode, *arrays, states, out, where)
             if bad >= 0:
-                raise self._damaged(first + bad, why)
-            yield Block(out[:n].copy(), first + where[:n])
+                sound, states = self._faulty(heads, first, bad, why, layout.mode == SAMPLED), before
+                heads, prices, sizes, record = heads[sound], prices[sound], sizes[sound], record[sound]
+                n, _, _ = convert(heads, prices, sizes, layout.mode, *arrays, states, out, where)
+            yield Block(out[:n].copy(), record[where[:n]])
 
 
 def _first_schema(file: Dbn) -> str:
@@ -424,8 +447,9 @@ def _first_schema(file: Dbn) -> str:
 # --- whole files ----------------------------------------------------------------------------------------------------------------------
 
 
-def read_definitions(path: Path) -> list[Definition]:
-    """The instruments of one definition file, the newest record of each. Spreads and options are passed over."""
+def read_definitions(path: Path, passed: dict[str, int] | None = None) -> list[Definition]:
+    """The instruments of one definition file, the newest record of each. Spreads and options are passed over; `passed` gets their
+    instrument ids by symbol. Raises InputError for another schema or damage."""
     databento_dbn = importlib.import_module("databento_dbn")
     file = Dbn(path)
     if file.schema != "definition":
@@ -435,8 +459,11 @@ def read_definitions(path: Path) -> list[Definition]:
     try:
         for part in file._bytes():
             for record in decoder.write_and_decode(part):
-                if isinstance(record, databento_dbn.InstrumentDefMsg) and (d := definition(record, file.dataset)) is not None:
-                    found[d.symbol] = d
+                if isinstance(record, databento_dbn.InstrumentDefMsg):
+                    if (d := definition(record, file.dataset)) is not None:
+                        found[d.symbol] = d
+                    elif passed is not None:
+                        passed[str(record.raw_symbol)] = int(record.instrument_id)
     except (InputError, KeyboardInterrupt):
         raise
     except BaseException as e:
@@ -446,10 +473,13 @@ def read_definitions(path: Path) -> list[Definition]:
     return list(found.values())
 
 
-def stream(path: Path, symbol: str | None = None, described: Sequence[Instrument] = ()) -> tuple[list[Instrument], Iterator[Block]]:
+def stream(
+    path: Path, symbol: str | None = None, described: Sequence[Instrument] = (), bad: Callable[[int, int, int], None] | None = None
+) -> tuple[list[Instrument], Iterator[Block]]:
     """The events of a file in file order, beside the instrument table, which grows as instruments are met.
 
-    Instruments come from `described`, from the definition file beside `path`, or are guessed from the records at hand.
+    Instruments come from `described`, from the definition file beside `path`, or are guessed from the records at hand. `bad`: as of
+    :class:`Events`.
     """
     file = Dbn(path)
     if file.schema not in (None, *SCHEMAS):
@@ -457,14 +487,15 @@ def stream(path: Path, symbol: str | None = None, described: Sequence[Instrument
     near = beside(path)
     defined = read_definitions(near) if near else []
     known = {d.symbol: d.instrument for d in defined}
-    by_number = {} if file.raw_symbols else {d.number: d.instrument for d in defined}
+    by_number = {d.number: d.instrument for d in defined}
     known |= {i.id.rsplit(".", 1)[0]: i for i in described}
     table: list[Instrument] = []
     seen: list[str] = []
 
     def resolve(name: str, number: int, raw: Array) -> int:
         seen.append(name)
-        found = known.get(name) or by_number.get(number) or inferred(name, raw[raw["instrument_id"] == number], file.dataset)
+        numbered = by_number.get(number) if not file.raw_symbols or name == str(number) else None
+        found = known.get(name) or numbered or inferred(name, raw[raw["instrument_id"] == number], file.dataset)
         if symbol is not None and symbol not in (name, found.id):
             return -2
         if (index := next((k for k, i in enumerate(table) if i.id == found.id), None)) is not None:
@@ -472,7 +503,7 @@ def stream(path: Path, symbol: str | None = None, described: Sequence[Instrument
         table.append(replace(found, level=LAYOUTS[events.schema].level if events.schema in LAYOUTS else 3))
         return len(table) - 1
 
-    events = Events(file, resolve)
+    events = Events(file, resolve, bad)
 
     def blocks() -> Iterator[Block]:
         rows = 0
@@ -502,4 +533,4 @@ def refused(file: Dbn) -> InputError:
     """The error for a schema that tells no events."""
     if file.schema in ("definition", "status"):
         return InputError(f"{file.path} holds {file.schema} records and no market data: name a data file (mbo, mbp-10, mbp-1, ...) too")
-    return InputError(f"{file.path} holds {file.schema}, which is not read: ask Databento for schema mbo (and definition), mbp-10 or mbp-1")
+    return InputError(f"{file.path} holds {file.schema}, which is not read (docs/data.md): ask Databento for schema mbo, mbp-10 or mbp-1")

@@ -27,7 +27,7 @@ def exit_code(main: Callable[[], object]) -> int:
         print("interrupted: nothing unfinished was kept as finished; run the same command again", file=sys.stderr)
         return 130
     except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             print(f"error: the disk is full while writing {e.filename or 'a file'}: free some space and run again", file=sys.stderr)
             return 2
         if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and e.filename:

@@ -10,7 +10,7 @@ import datetime as dt
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Final
@@ -65,11 +65,12 @@ class Instrument:
     session: str | None = None  # "09:30-16:00 America/New_York"; None: trades around the clock
     price_precision: int = 2
     size_precision: int = 0
-    kind: str = "future"  # future, equity, currency_pair, crypto_perpetual
+    kind: str = "future"  # future, equity, currency_pair, crypto_perpetual; of catalogs made elsewhere also others, "inverse_..."
     maker_fee: float = 0.0  # share of notional
     taker_fee: float = 0.0  # share of notional
     fee_per_unit: float = 0.0  # currency per 1.0 of size, on top
     level: int = 3  # deepest feed: 3 orders, 2 levels, 1 best bid and offer
+    pauses: tuple[tuple[int, int], ...] = field(default=(), repr=False, compare=False)  # ns UTC, half open: see catalog.pauses
 
 
 KINDS: Final = ("future", "equity", "currency_pair", "crypto_perpetual")

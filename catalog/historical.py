@@ -19,7 +19,9 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from catalog.dbn import SCHEMAS
 from catalog.errors import InputError
+from catalog.moments import nanoseconds
 from catalog.progress import Steps
 from catalog.whole import sha256
 
@@ -63,12 +65,11 @@ def stype_of(symbols: Sequence[str]) -> str:
 
 
 def parse_time(text: str, what: str) -> datetime:
-    """`text` as an aware UTC datetime; a date means its midnight. Raises InputError for anything else."""
+    """`text` (see :func:`catalog.moments.nanoseconds`) as an aware UTC datetime, to the microsecond. Raises InputError."""
     try:
-        t = datetime.fromisoformat(text)
-    except ValueError:
+        return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=nanoseconds(text) // 1_000)
+    except (InputError, TypeError, OverflowError):
         raise InputError(f"{what} {text!r} is no date or time: write it like 2024-01-02 or 2024-01-02T14:30") from None
-    return t.replace(tzinfo=UTC) if t.tzinfo is None else t.astimezone(UTC)
 
 
 class Historical:
@@ -112,6 +113,16 @@ class Historical:
                 self._pause(min(wait, 120.0))
         tries = f"in {RETRIES} tries ({type(fault).__name__})"
         raise InputError(f"Databento did not answer {what} {tries}: try again later, finished parts are kept")
+
+    def companions(self, dataset: str, schema: str) -> list[str]:
+        """`schema` after what an import of it needs besides: definitions, and when the market was open, where the dataset tells.
+
+        Raises InputError where the dataset has no such schema.
+        """
+        have = [str(s) for s in self._ask(f"the schemas of {dataset}", lambda: self._client.metadata.list_schemas(dataset))]
+        if schema not in have:
+            raise InputError(f"{dataset} has no schema {schema}; it has {', '.join(have)}: choose one with --schema")
+        return [*(s for s in ("definition", "status") if s in have and schema in SCHEMAS), schema]
 
     def quote(self, dataset: str, schemas: Sequence[str], symbols: Sequence[str], start: datetime, end: datetime, out: Path) -> Quote:
         """What is missing under `out` for `schemas` x days of [start, end), and what it costs. Nothing is downloaded.
@@ -189,16 +200,16 @@ def download(
     gateway: str | None = None,
     pause: Callable[[float], None] = time.sleep,
 ) -> list[Path]:
-    """Files of `schema` and of the definitions for [start, end), under `out`: those at hand and those bought now.
+    """Files of `schema`, with definitions and status beside events, for [start, end), under `out`: those at hand and those bought now.
 
     `confirm` is shown the price of what is missing and decides; where nothing is missing it is not asked. Returns the files in order of
-    time, definitions first. Raises InputError when the user declines and for everything that :meth:`Historical.quote` names.
+    time, definitions and status first. Raises InputError when the user declines and for everything that :meth:`Historical.quote` names.
     """
     if not symbols:
         raise InputError("no symbols: name them with --symbols, e.g. ESH4 or ES.v.0")
     api = Historical(key, gateway, pause)
-    schemas = ["definition", schema] if schema != "definition" else ["definition"]
     t0, t1 = parse_time(start, "--start"), parse_time(end, "--end")
+    schemas = api.companions(dataset, schema)
     quote = api.quote(dataset, schemas, symbols, t0, t1, out)
     if quote.parts:
         if not confirm(quote):
@@ -206,7 +217,7 @@ def download(
         api.fetch(dataset, symbols, quote)
     whole = {p.path for p in (*quote.here, *quote.parts)}
     files = [p.path for p in _parts(dataset, schemas, symbols, t0, t1, out) if p.path in whole]
-    if not files:
+    if not any(p.schema == schema and p.path in whole for p in _parts(dataset, [schema], symbols, t0, t1, out)):
         raise InputError(f"{dataset} has no {schema} records of {', '.join(symbols)} in that range: choose another range or other symbols")
     return files
 
@@ -234,7 +245,7 @@ def _parts(dataset: str, schemas: Sequence[str], symbols: Sequence[str], start: 
         day = datetime.combine(start.date(), datetime.min.time(), UTC)
         while day < end:
             a, b = max(day, start), min(day + DAY, end)
-            if schema == "definition":  # published at the start of the day: the session's instruments are all there
+            if schema in ("definition", "status"):  # what was told before the range counts within it
                 a = day
             clip = "" if b - a == DAY else f"T{a:%H%M%S}-{b:%H%M%S}"
             stem = f"{dataset.lower().replace('.', '-')}-{_day(day.date())}{clip}.{name}.{schema}.dbn.zst"

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -26,28 +27,29 @@ from catalog import parquet, rolls, status
 from catalog.dbn import Block, Span
 from catalog.definitions import Definition, inferred, toml
 from catalog.errors import InputError
-from catalog.events import F_LAST, F_TOB, KINDS, TRADE, Instrument, move, text
+from catalog.events import CLEAR, EVENT, F_LAST, F_MBP, F_SNAPSHOT, F_TOB, KINDS, TRADE, Instrument, move, text
 from catalog.parquet import DELTAS, QUOTES, TRADES, iso
 from catalog.progress import Steps
-from catalog.quality import Checker
+from catalog.quality import Checker, First
+from catalog.whole import STORE as STORE
 from catalog.writer import Writer
 
 Array = NDArray[Any]
-VERSION: Final = 3  # of what this module writes: a catalog of another version is not reused
-STORE: Final = Path(__file__).resolve().parent / "data"
+VERSION: Final = 4  # of what this module writes: a catalog of another version is not reused
 HELD: Final = 2_000_000  # rows that all writers may hold together
 _LOWEST: Final = -(2**63)
-_FAR: Final = 4_102_444_800_000_000_000  # 2100-01-01, where the expiration is unknown
 
 
 class Source(Protocol):
-    """One file of events. `spans`: what its instrument ids mean; `read`: bytes taken so far; `raw_symbols`: symbols are the venue's own."""
+    """One file of events. `spans`: what its instrument ids mean; `read`: bytes taken so far; `raw_symbols`: symbols are the venue's own;
+    `empty`: its books begin empty, whatever came before."""
 
     path: Path
     size: int
     read: int
     dataset: str
     spans: list[Span]
+    empty: bool
 
     @property
     def raw_symbols(self) -> bool: ...
@@ -68,7 +70,7 @@ class CatalogInfo:
     moved_trades: int
     closed: int
     quality: dict[str, int]
-    first: dict[str, tuple[int, int]]
+    first: dict[str, First]
     reused: bool = False
 
 
@@ -83,21 +85,24 @@ def make(
     end: int | None = None,
     states: Iterable[status.Status] = (),
     notes: Mapping[str, Any] | None = None,
+    spreads: Mapping[str, int] | None = None,
 ) -> CatalogInfo:
     """The catalog at `root` of `sources`, which are in order of time; `key` identifies it. `known`: definitions by symbol; `states`: what
-    status records tell; `notes` go into `cift.json`.
+    status records tell; `notes` go into `cift.json`; `spreads`: instrument ids by symbol of what is passed over (spreads and options).
 
     Raises InputError for sources without events, unknown symbols, missing definitions, prices off the tick, files that overlap in time,
     and a full disk.
     """
     with _temporary(root) as temporary:
-        job = _Import(temporary, known, symbols, start, end)
+        job = _Import(temporary, known, symbols, start, end, spreads or {})
         job.early(sources)
         try:
             with Steps("import", sum(f.size for f in sources), "bytes") as steps:
                 for file in sources:
                     job.read(file, steps)
             info = job.finish()
+            if job.passed:
+                print(f"spreads and options are not read, passed over: {', '.join([*job.passed][:8])}", file=sys.stderr)
         except BaseException:
             job.abandon()
             raise
@@ -113,6 +118,7 @@ def make(
             "first": info.first,
             "status_records": told,
             "rolls": rolls.schedule(temporary),
+            "spreads": list(job.passed),
             **(notes or {}),
             "versions": {p: version(p) for p in ("databento", "nautilus_trader", "pyarrow", "numpy")},
         }
@@ -148,7 +154,7 @@ def finished(root: Path, key: dict[str, Any], reused: bool = True) -> CatalogInf
         found = json.loads(note.read_text()) if note.is_file() else {}
         if not found or found["key"] != json.loads(json.dumps(key)):
             raise InputError(f"{root} holds {'another import' if found else 'something else'}: choose another folder or remove it")
-        first = {k: (int(p), int(t)) for k, (p, t) in found["first"].items()}
+        first = {k: First(*place) for k, place in found["first"].items()}
         parts = parquet.contents(root)
         levels = {p.id: 1 for p in parts} | {p.id: p.level for p in parts if p.type == DELTAS}
         return CatalogInfo(
@@ -214,7 +220,7 @@ def _alive(process: str) -> bool:
 def _disk(e: OSError, root: Path) -> Exception:
     if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return InputError(f"the disk is full while writing {root}: free some space or choose another folder, and import again")
-    if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+    if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR) or any(p.is_file() for p in root.parents):
         return InputError(f"cannot write {root} ({e.strerror}): choose another folder or change its rights")
     if e.errno in (errno.ENOTEMPTY, errno.EEXIST):
         return InputError(f"{root} appeared while it was being made: import again")
@@ -228,9 +234,10 @@ class _Import:
     """State of one import: instrument table, order of stamps, quality and three writers per instrument."""
 
     def __init__(
-        self, root: Path, known: dict[str, Definition], symbols: Sequence[str] | None, start: int | None, end: int | None
-    ) -> None:
-        self.root, self.known = root, known
+        self, root: Path, known: dict[str, Definition], symbols: Sequence[str] | None, start: int | None, end: int | None,
+        spreads: Mapping[str, int],
+    ) -> None:  # fmt: skip
+        self.root, self.known, self.spreads, self.passed = root, known, spreads, dict[str, None]()
         self.wanted = set(symbols) if symbols is not None else None
         self.start, self.end = _LOWEST if start is None else start, 2**63 - 1 if end is None else end
         self.definitions: list[Definition] = []
@@ -254,8 +261,9 @@ class _Import:
             raise InputError(f"no file holds {unknown[0]}; they hold {', '.join(there[:12])}")
 
     def read(self, file: Source, steps: Steps) -> None:
-        self.file = file
+        self.file, self.checker.file = file, file.path.name
         done, rows, before = 0, 0, self.raw.copy()
+        self.met = np.zeros(len(before), np.bool_)
         for block in file.blocks(self._resolve):
             rows += len(block.events)
             self._add(block, before)
@@ -270,11 +278,16 @@ class _Import:
         assert self.file is not None
         self.seen.add(symbol)
         d = self.known.get(symbol)
-        if d is None and not self.file.raw_symbols:
+        if d is None and (not self.file.raw_symbols or symbol == str(number)):
             d = next((k for k in self.known.values() if k.number == number), None)
         mine = raw[raw["instrument_id"] == number]
         name = (d.instrument if d else inferred(symbol, mine, self.file.dataset)).id
         if self.wanted is not None and not self.wanted & {symbol, name}:
+            return -2
+        if d is None and (symbol in self.spreads or (symbol == str(number) and number in self.spreads.values())):
+            if self.wanted is not None:
+                raise InputError(f"{symbol} is a spread or an option, which is not read: name others with --symbols")
+            self.passed[symbol] = None
             return -2
         if d is None:
             raise self._undefined(symbol, raw)
@@ -311,6 +324,7 @@ class _Import:
         if not len(events):
             return
         self._overlap(events, before)
+        events, records = self._renewed(events, records)
         self.checker.update(events, records, rewrite=True)
         if (hit := self.checker.found("off_tick")) is not None:
             self._off_tick(hit, block)
@@ -330,6 +344,22 @@ class _Import:
             self.writers[k][2].add(events[mine & quotes])
             self._deltas(int(k), events[mine & ~trades & ~quotes])
         self._relieve()
+
+    def _renewed(self, events: Array, records: Array) -> tuple[Array, Array]:
+        """With a clear where a further file of an instrument begins with an empty book or a snapshot: what was there before is gone."""
+        assert self.file is not None
+        for k in np.flatnonzero(~self.met):
+            mine = np.flatnonzero(events["instrument"] == k)
+            if len(mine):
+                self.met[k], first = True, events[mine[0]]
+                orders = first["action"] != CLEAR and not first["flags"] & (F_MBP | F_TOB)
+                if orders and (first["flags"] & F_SNAPSHOT or self.file.empty):
+                    clear = np.zeros(1, EVENT)
+                    for name in ("ts_event", "ts_init", "sequence", "instrument"):
+                        clear[name] = first[name]
+                    clear["action"], clear["flags"] = CLEAR, F_SNAPSHOT
+                    events, records = np.insert(events, mine[0], clear), np.insert(records, mine[0], records[mine[0]])
+        return events, records
 
     def _overlap(self, events: Array, before: Array) -> None:
         known = events["instrument"] < len(before)
@@ -426,7 +456,7 @@ def nautilus_instrument(d: Definition) -> Any:
     from nautilus_trader import model as m
 
     i = d.instrument
-    tick = m.Price.from_str(f"{text(i.tick)}")
+    tick = m.Price.from_raw(i.tick * 10 ** (m.FIXED_PRECISION - 9), i.price_precision)
     info = {
         "cift": {
             "session": i.session, "kind": i.kind, "maker_fee": i.maker_fee, "taker_fee": i.taker_fee, "fee_per_unit": i.fee_per_unit
@@ -449,7 +479,7 @@ def nautilus_instrument(d: Definition) -> Any:
             raise InputError(whole)
         return m.FuturesContract(
             **common, asset_class=m.AssetClass.INDEX, underlying=d.underlying or d.symbol, activation_ns=d.activation or 0,
-            expiration_ns=d.expiration or _FAR, currency=currency(i.currency), multiplier=m.Quantity.from_str(f"{i.multiplier:.9g}"),
+            expiration_ns=d.expiration or parquet.FAR, currency=currency(i.currency), multiplier=m.Quantity.from_str(f"{i.multiplier:.9g}"),
             lot_size=m.Quantity.from_str(text(i.lot)), exchange=d.exchange or None,
         )  # fmt: skip
     if i.kind == "equity":

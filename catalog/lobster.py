@@ -170,7 +170,7 @@ def read_levels(message_path: Path, orderbook_path: Path, symbol: str | None = N
 
 # --- import -----------------------------------------------------------------------------------------------------------------------------
 
-_HALTS: Final = {-1: ("halt", HALTED), 0: ("quoting", AUCTION), 1: ("trading", OPEN)}  # by the price of a message of type 7
+_HALTS: Final = {-1: ("HALT", HALTED), 0: ("QUOTING", AUCTION), 1: ("TRADING", OPEN)}  # by the price of a message of type 7
 
 
 def is_lobster(path: Path) -> bool:
@@ -186,7 +186,7 @@ def _day_of(path: Path) -> tuple[str, str]:
 class Day:
     """One message file as a source of :func:`catalog.importer.make`; `seed` is its order book file or None."""
 
-    dataset, raw_symbols = "XNAS", True
+    dataset, raw_symbols, empty = "XNAS", True, True
 
     def __init__(self, path: Path, seed: Path | None) -> None:
         m = NAME.fullmatch(path.name)
@@ -230,8 +230,8 @@ def import_lobster(
 
     With the order book file of a day (one among `files`, or beside the message file) its levels are imported (:func:`read_levels`), or,
     where it has another number of rows, the orders of the messages after its first row; without one, the orders of the messages.
-    Halts (messages of type 7) become `status.parquet`. Without a TOML file an instrument is an equity of XNAS with the tick 0.01 and the
-    session 09:30-16:00 in New York. Other parameters and errors as :func:`catalog.databento.import_dbn`.
+    Halts (messages of type 7) become Nautilus's InstrumentStatus. Without a TOML file an instrument is an equity of XNAS with the tick
+    0.01 and the session 09:30-16:00 in New York. Other parameters and errors as :func:`catalog.databento.import_dbn`.
     """
     from catalog import importer
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +23,7 @@ from catalog.events import ADD, CANCEL, CLEAR, EVENT, F_LAST, F_MBP, F_TOB, MODI
 
 Events = NDArray[Any]
 BLOCK: Final = 65_536  # most rows of a block that a reader yields, and of a row group that is written
+FAR: Final = 4_102_444_800_000_000_000  # 2100-01-01, the expiry that stands for none
 BUFFERED: Final = 4_000_000  # rows that all cursors of a reader may hold together
 
 DELTAS, TRADES, QUOTES = "order_book_deltas", "trades", "quotes"
@@ -215,49 +216,47 @@ def _resolve(root: Path, known: list[str], wanted: Sequence[str]) -> list[str]:
     return ids
 
 
-EVENTS_PER_SECOND: Final = 60_000  # of a backtest with features, members and an actor in Python, on one core
-BASE_MEMORY: Final = 900 << 20  # bytes: libraries, models, one block of everything
-EVENT_MEMORY: Final = 24  # bytes an event leaves behind until the report (predictions, thinned training rows)
+def read_instruments(root: Path, ids: Collection[str] | None = None) -> dict[str, Instrument]:
+    """The instruments `ids` that a catalog defines, by id (the newest definition of each), with their pauses; `level` is left at 3.
 
+    None: all of them, but for those whose ticks do not fit units of 1e-9. Raises InputError for one of `ids` that does not.
+    """
+    from catalog import pauses
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """What a backtest of these `events` would take: `seconds` on one core, `memory` in bytes. Rough: a factor of two either way."""
-
-    events: int
-    seconds: float
-    memory: int
-
-
-def estimate(parts: Sequence[Part]) -> Estimate:
-    """From the rows alone: a quote counts as two events."""
-    events = sum(p.rows * (2 if p.type == QUOTES else 1) for p in parts)
-    return Estimate(events, events / EVENTS_PER_SECOND, BASE_MEMORY + EVENT_MEMORY * events)
-
-
-def read_instruments(root: Path) -> dict[str, Instrument]:
-    """Every instrument definition of a catalog by id (the newest where there are several); `level` is left at 3."""
-    data, found = _folder(root), {}
+    data, found, expiries = _folder(root), {}, {}
     for folder in sorted(p for p in data.iterdir() if p.is_dir() and p.name not in SCHEMA):
         for path in sorted(folder.glob("*/*.parquet")):
             with _open(path) as file:
-                if "price_increment" not in file.schema_arrow.names:
+                if not {"id", "price_increment"} <= set(file.schema_arrow.names):
                     break
                 try:
                     rows = file.read().to_pylist()
                 except (pa.ArrowException, OSError, ValueError) as e:
                     raise InputError(f"{path} is damaged ({_brief(e)}): write the catalog again") from None
             for row in rows:
-                found[row["id"]] = _instrument(row, folder.name, path)
-    return found
+                if ids is None or row["id"] in ids:
+                    try:
+                        found[row["id"]], expiries[row["id"]] = _instrument(row, folder.name, path)
+                    except InputError:
+                        if ids is not None:
+                            raise
+    spans = pauses.read(root, expiries)
+    return {id_: replace(i, pauses=spans[id_]) if id_ in spans else i for id_, i in found.items()}
 
 
-def _instrument(row: dict[str, Any], folder: str, path: Path) -> Instrument:
+def _expiry(row: dict[str, Any]) -> int:
+    when = row.get("expiration_ns")
+    ns = _nanoseconds(when) if isinstance(when, dt.datetime) else int(when or 0)
+    return ns if 0 < ns < FAR else np.iinfo(np.int64).max
+
+
+def _instrument(row: dict[str, Any], folder: str, path: Path) -> tuple[Instrument, int]:
+    """An instrument, and when it expires (ns UTC)."""
     try:
         extra = json.loads(row.get("info") or "{}").get("cift") or {}
         size = row.get("size_increment") or "1"
         currency = row.get("settlement_currency") or row.get("quote_currency") or row.get("currency")
-        return Instrument(
+        found = Instrument(
             id=row["id"],
             tick=units(row["price_increment"]),
             lot=units(size),
@@ -266,13 +265,17 @@ def _instrument(row: dict[str, Any], folder: str, path: Path) -> Instrument:
             session=extra.get("session"),
             price_precision=int(row["price_precision"]),
             size_precision=int(row.get("size_precision") or 0),
-            kind=extra.get("kind") or _KINDS.get(folder, folder),
-            maker_fee=float(extra.get("maker_fee", 0.0)),
-            taker_fee=float(extra.get("taker_fee", 0.0)),
+            kind=extra.get("kind") or "inverse_" * bool(row.get("is_inverse")) + _KINDS.get(folder, folder),
+            maker_fee=float(extra.get("maker_fee", row.get("maker_fee") or 0.0)),
+            taker_fee=float(extra.get("taker_fee", row.get("taker_fee") or 0.0)),
             fee_per_unit=float(extra.get("fee_per_unit", 0.0)),
         )
+        return found, _expiry(row)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise InputError(f"{path}: the instrument definition cannot be read ({_brief(e)}): write it again with 2.0") from None
+        raise InputError(
+            f"{path}: the definition of {row.get('id')} cannot be read ({_brief(e)}): write it again with 2.0, or name other "
+            "symbols"
+        ) from None
 
 
 # --- reading --------------------------------------------------------------------------------------------------------------------------
@@ -398,7 +401,7 @@ def read(root: Path, instrument_ids: Sequence[str] | None, start: int | None, en
     ids = sorted({p.id for p in parts}) if instrument_ids is None else _resolve(root, sorted({p.id for p in parts}), instrument_ids)
     if len(ids) > 65_535:
         raise InputError(f"{root} holds {len(ids):,} instruments, more than 65,535: name the ones that are wanted")
-    known = read_instruments(root)
+    known = read_instruments(root, ids)
     if missing := [i for i in ids if i not in known]:
         raise InputError(f"{root} has data of {missing[0]} but no definition of it: add one with ParquetDataCatalog.write_instruments")
     chosen = [p for p in parts if p.id in set(ids)]

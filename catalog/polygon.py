@@ -35,11 +35,11 @@ from polygon.rest import BASE, ENV_KEY  # type: ignore[import-untyped]
 
 from catalog.errors import InputError
 from catalog.progress import Steps
+from catalog.whole import STORE as STORE
 
 VENUE: Final = "POLYGON"  # the consolidated tape is no exchange: instruments are AAPL.POLYGON
 PAGE: Final = 50_000  # the service's largest page
 NEW_YORK: Final = ZoneInfo("America/New_York")
-STORE: Final = Path(__file__).resolve().parent / "data"
 ENV_BASE: Final = "POLYGON_BASE"  # another host that speaks the API, a local one in tests
 FEES: Final = ("maker_fee", "taker_fee", "fee_per_unit")
 

@@ -6,9 +6,9 @@ came (before `ts_init` is moved, to see it run backwards) or in canonical order;
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -41,11 +41,12 @@ KINDS: Final = {
     "sequence_gap": "sequence number skipped, where the feed numbers this instrument alone",
     "bad_ts_recv": "flagged F_BAD_TS_RECV outside a snapshot",
     "maybe_bad_book": "flagged F_MAYBE_BAD_BOOK",
+    "bad_record": "record of an unknown action or side, or without a time (left out)",
 }
 NAMES: Final = tuple(KINDS)
 (
     _CROSSED, _CROSSED_SNAPSHOT, _LOCKED, _LOCKED_SNAPSHOT, _UNKNOWN_CANCEL, _UNKNOWN_MODIFY, _DUPLICATE, _PARTIAL, _INIT_BACK, _EVENT_BACK,
-    _ZERO, _NEGATIVE, _OFF_TICK, _TRADE_OFF_TICK, _UNDEFINED, _NO_SIDE, _SEQUENCE_BACK, _SEQUENCE_GAP, _BAD_RECV, _MAYBE_BAD,
+    _ZERO, _NEGATIVE, _OFF_TICK, _TRADE_OFF_TICK, _UNDEFINED, _NO_SIDE, _SEQUENCE_BACK, _SEQUENCE_GAP, _BAD_RECV, _MAYBE_BAD, _BAD_RECORD,
 ) = range(len(NAMES))  # fmt: skip
 _LAST_POINTS, _STEPS = len(NAMES), len(NAMES) + 1  # F_LAST points; sequence numbers that follow their predecessor
 _TS_INIT, _TS_EVENT, _SEQUENCE = range(3)  # words of the carried state
@@ -57,6 +58,8 @@ def _note(kind: Any, i: Any, event: Any, positions: Array, counts: Array, first:
     if counts[kind] == 0:
         first[kind, 0] = positions[i]
         first[kind, 1] = event["ts_init"]
+        first[kind, 2] = np.int64(event["sequence"])
+        first[kind, 3] = event["action"]
     counts[kind] += 1
 
 
@@ -162,16 +165,25 @@ def _scan(
     return len(rows)
 
 
+class First(NamedTuple):
+    """Where a fault was seen first: `position` in the stream or number of the record, `ts` (`ts_init`, ns), `sequence`, and the `file`."""
+
+    position: int
+    ts: int
+    sequence: int
+    file: str
+
+
 @dataclass(frozen=True, slots=True)
 class Quality:
     """What was found.
 
-    `counts`: by kind (:data:`KINDS`), zeros included. `first`: for the kinds found, (position in the stream or record number, `ts_init`)
-    of the first. `by_instrument`: counts by instrument id. `events` checked, and `last_points`: events that end a venue event.
+    `counts`: by kind (:data:`KINDS`), zeros included. `first`: the first of each kind found. `by_instrument`: counts by instrument id.
+    `events` checked, and `last_points`: events that end a venue event.
     """
 
     counts: dict[str, int]
-    first: dict[str, tuple[int, int]]
+    first: dict[str, First]
     by_instrument: dict[str, dict[str, int]]
     events: int
     last_points: int
@@ -180,13 +192,21 @@ class Quality:
 class Checker:
     """Checks a stream block by block: :meth:`update` for each, :meth:`result` at any time. The books of all instruments are held.
 
-    `instruments` may grow while the stream runs; its entries give id and tick.
+    `instruments` may grow while the stream runs; its entries give id and tick. `locate` (instrument id, ts_init, whether a trade) names
+    the file of a row; without it, it is `file` as it stands at that update.
     """
 
-    def __init__(self, instruments: list[Instrument]) -> None:
-        self.instruments, self.events = instruments, 0
+    def __init__(self, instruments: list[Instrument], locate: Callable[[str, int, bool], str] | None = None) -> None:
+        self.instruments, self.events, self.file = instruments, 0, ""
+        self._locate, self._bad, self._first_bad = locate, 0, First(0, 0, 0, "")
         self._books: dict[int, Array] = {}
         self._state: dict[int, tuple[Array, Array, Array]] = {}
+        self._files: dict[tuple[int, int], str] = {}
+
+    def bad(self, position: int, ts: int, sequence: int) -> None:
+        """A record of `file` that is no event."""
+        self._first_bad = self._first_bad if self._bad else First(position, ts, sequence, self.file)
+        self._bad += 1
 
     def update(self, events: Array, positions: Array | None = None, rewrite: bool = False) -> None:
         """Check the next rows (EVENT). `positions`: int64 number of each row for `first`; None: its position in the stream.
@@ -198,11 +218,13 @@ class Checker:
         for k, rows in book.by_instrument(events):
             if k not in self._state:
                 carried = np.array([-(2**63), -(2**63), 0])
-                self._state[k] = carried, np.zeros(len(NAMES) + 2, np.int64), np.zeros((len(NAMES), 2), np.int64)
+                self._state[k] = carried, np.zeros(len(NAMES) + 2, np.int64), np.zeros((len(NAMES), 4), np.int64)
                 self._books[k] = book.new_book()
-            done, tick = 0, max(self.instruments[k].tick, 1)
+            done, tick, counts = 0, max(self.instruments[k].tick, 1), self._state[k][1]
+            none = np.flatnonzero(counts[: len(NAMES)] == 0)
             while (done := _scan(self._books[k], events, rows, done, positions, tick, rewrite, *self._state[k])) < len(rows):
                 self._books[k] = book.mended(self._books[k])
+            self._files |= {(k, int(kind)): self.file for kind in none[counts[none] > 0]}
         self.events += len(events)
 
     def found(self, kind: str) -> tuple[int, int, int] | None:
@@ -210,6 +232,15 @@ class Checker:
         k = NAMES.index(kind)
         hits = [(i, int(first[k, 0]), int(first[k, 1])) for i, (_, counts, first) in self._state.items() if counts[k]]
         return min(hits, key=lambda h: (h[2], h[1])) if hits else None
+
+    def _first(self, kind: str) -> First:
+        hit = self.found(kind)
+        if hit is None:
+            return self._first_bad
+        i, position, ts = hit
+        _, _, sequence, action = self._state[i][2][NAMES.index(kind)]
+        file = self._locate(self.instruments[i].id, ts, action == TRADE) if self._locate else self._files[i, NAMES.index(kind)]
+        return First(position, ts, int(sequence) & (1 << 64) - 1, file)
 
     def result(self) -> Quality:
         counts, by_instrument = dict.fromkeys(NAMES, 0), {}
@@ -222,7 +253,8 @@ class Checker:
             last_points += int(c[_LAST_POINTS])
             for name, n in zip(NAMES, c):
                 counts[name] += int(n)
-        first = {n: hit[1:] for n in NAMES if counts[n] and (hit := self.found(n)) is not None}
+        counts["bad_record"] = self._bad
+        first = {n: self._first(n) for n in NAMES if counts[n]}
         return Quality(counts, first, by_instrument, self.events, last_points)
 
 

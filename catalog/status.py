@@ -1,11 +1,12 @@
-"""Whether a market trades, is in an auction, is halted or closed: from Databento's status records, kept beside a catalog.
+"""Whether a market trades, is in an auction, is halted or closed: Databento's status records, kept as NautilusTrader keeps them.
 
-:func:`read_status` reads a DBN file of schema status, :func:`write` keeps what a catalog's instruments need as `status.parquet` at its
-root, :func:`trading_state` reads it as a step function, and :func:`at` evaluates it.
+:func:`read_status` reads a DBN file of schema status, :func:`write` keeps what a catalog's instruments need as Nautilus's InstrumentStatus
+(data/instrument_status/<id>/), :func:`trading_state` reads it from any catalog as a step function, and :func:`at` evaluates it.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -17,20 +18,28 @@ from numpy.typing import NDArray
 
 from catalog.dbn import Dbn, Numbers
 from catalog.errors import InputError
+from catalog.parquet import TIME, WORD
+from catalog.writer import stamp
 
-FILE: Final = "status.parquet"
+type Steps = tuple[NDArray[np.int64], NDArray[np.int8]]  # from each `ts_init` on, ascending, the market is in this state
+KIND: Final = "instrument_status"
 STATUS: Final = np.dtype(
     [("head", "V4"), ("instrument_id", "<u4"), ("ts_event", "<u8"), ("ts_recv", "<u8"), ("action", "<u2"), ("reason", "<u2"),
      ("trading_event", "<u2"), ("is_trading", "S1"), ("is_quoting", "S1"), ("is_short_sell_restricted", "S1"), ("reserved", "V7")]
 )  # fmt: skip
 UNKNOWN, CLOSED, OPEN, AUCTION, HALTED = -1, 0, 1, 2, 3
 STATES: Final = {CLOSED: "closed", OPEN: "open", AUCTION: "auction", HALTED: "halted"}
-ACTIONS: Final = {  # Databento's StatusAction: its name, and the state it begins (None: the state goes on)
-    0: ("none", None), 1: ("pre_open", AUCTION), 2: ("pre_cross", AUCTION), 3: ("quoting", AUCTION), 4: ("cross", AUCTION),
-    5: ("rotation", AUCTION), 6: ("new_price_indication", None), 7: ("trading", OPEN), 8: ("halt", HALTED), 9: ("pause", HALTED),
-    10: ("suspend", HALTED), 11: ("pre_close", AUCTION), 12: ("close", CLOSED), 13: ("post_close", CLOSED), 14: ("ssr_change", None),
-    15: ("not_available_for_trading", CLOSED),
+ACTIONS: Final = {  # Databento's StatusAction: Nautilus's name of it, and the state it begins (None: the state goes on)
+    0: ("NONE", None), 1: ("PRE_OPEN", AUCTION), 2: ("PRE_CROSS", AUCTION), 3: ("QUOTING", AUCTION), 4: ("CROSS", AUCTION),
+    5: ("ROTATION", AUCTION), 6: ("NEW_PRICE_INDICATION", None), 7: ("TRADING", OPEN), 8: ("HALT", HALTED), 9: ("PAUSE", HALTED),
+    10: ("SUSPEND", HALTED), 11: ("PRE_CLOSE", AUCTION), 12: ("CLOSE", CLOSED), 13: ("POST_CLOSE", CLOSED),
+    14: ("SHORT_SELL_RESTRICTION_CHANGE", None), 15: ("NOT_AVAILABLE_FOR_TRADING", CLOSED),
 }  # fmt: skip
+_NAMED: Final = dict(ACTIONS.values())
+_SCHEMA: Final = pa.schema(
+    [pa.field("action", WORD, False), pa.field("ts_event", TIME, False), pa.field("ts_init", TIME, False), pa.field("reason", pa.string()),
+     pa.field("trading_event", pa.string()), *(pa.field(f"is_{f}", pa.bool_()) for f in ("trading", "quoting", "short_sell_restricted"))]
+)  # fmt: skip
 
 
 class Status(NamedTuple):
@@ -61,7 +70,7 @@ def read_status(path: Path, symbols: Mapping[int, str] | None = None) -> list[St
                 raise InputError(f"{path} is damaged at record {first + n:,}: it has no known action or time; download it again")
             name, state = ACTIONS[int(r["action"])]
             if state is None:
-                if name != "none" or bytes(r["is_trading"]) not in (b"Y", b"N"):
+                if name != "NONE" or bytes(r["is_trading"]) not in (b"Y", b"N"):
                     continue
                 state = OPEN if bytes(r["is_trading"]) == b"Y" else HALTED
             number, ts = int(r["instrument_id"]), int(r["ts_recv"])
@@ -72,40 +81,59 @@ def read_status(path: Path, symbols: Mapping[int, str] | None = None) -> list[St
 
 
 def write(root: Path, states: Iterable[Status], ids: Mapping[str, str], start: int, end: int) -> int:
-    """Keep the states of the instruments `ids` (symbol -> instrument id) as `root`/status.parquet: those within [start, end] and of each
+    """Keep the states of the instruments `ids` (symbol -> instrument id) in the catalog `root`: those within [start, end] and of each
     instrument the last before. Returns the rows written; no file where there are none."""
     rows = sorted((s for s in states if s.symbol in ids and s.ts_init <= end), key=lambda s: (ids[s.symbol], s.ts_init))
-    follow = [(s.symbol, s.ts_init) for s in rows[1:]] + [("", 0)]
-    kept = [s for s, (symbol, ts) in zip(rows, follow) if s.ts_init >= start or symbol != s.symbol or ts > start]
-    if kept:
-        stamp = pa.timestamp("ns", tz="UTC")
-        table = pa.table(
-            {
-                "instrument_id": [ids[s.symbol] for s in kept],
-                "state": [STATES[s.state] for s in kept],
-                "action": [s.action for s in kept],
-                "ts_event": pa.array([s.ts_event for s in kept], pa.int64()).cast(stamp),
-                "ts_init": pa.array([s.ts_init for s in kept], pa.int64()).cast(stamp),
-            }
-        )
-        pq.write_table(table, root / FILE)
-    return len(kept)
+    total = 0
+    for symbol, group in itertools.groupby(rows, key=lambda s: s.symbol):
+        mine = list(group)
+        kept = mine[max(0, sum(s.ts_init <= start for s in mine) - 1) :]
+        folder = root / "data" / KIND / ids[symbol].replace("/", "")
+        folder.mkdir(parents=True, exist_ok=True)
+        told = [{"action": s.action, "ts_event": s.ts_event, "ts_init": s.ts_init, "is_trading": s.state == OPEN} for s in kept]
+        table = pa.Table.from_pylist(told, _SCHEMA.with_metadata({"instrument_id": ids[symbol], "type_name": "InstrumentStatus"}))
+        pq.write_table(table, folder / f"{stamp(kept[0].ts_init)}_{stamp(kept[-1].ts_init)}.parquet")
+        total += len(kept)
+    return total
 
 
-def trading_state(root: Path, instrument: str) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
+def read(root: Path, ids: Iterable[str]) -> dict[str, Steps]:
+    """(`ts_init`, state) of those instruments `ids` whose states a catalog knows, ascending. Raises InputError for a damaged file."""
+    found: dict[str, list[Steps]] = {}
+    for path in (p for i in ids for p in sorted((root / "data" / KIND / i.replace("/", "")).glob("*.parquet"))):
+        try:
+            table = pq.read_table(path, columns=["action", "is_trading", "ts_init"])
+            id_ = (pq.read_schema(path).metadata or {}).get(b"instrument_id", path.parent.name.encode()).decode()
+            ts, told = table["ts_init"].cast(pa.int64()).to_numpy(), zip(table["action"].to_pylist(), table["is_trading"].to_pylist())
+            states = [HALTED - (HALTED - OPEN) * t if a == "NONE" and t is not None else _NAMED[a] for a, t in told]
+        except (pa.ArrowException, OSError, KeyError, ValueError) as e:
+            raise InputError(f"{path} is damaged ({str(e).splitlines()[0][:120]}): write or import the catalog again") from None
+        known = np.array([s is not None for s in states], np.bool_)
+        found.setdefault(id_, []).append((ts[known], np.array([s for s in states if s is not None], np.int8)))
+    steps = {}
+    for id_, parts in found.items():
+        ts, state = (np.concatenate(c) for c in zip(*parts))
+        order = np.argsort(ts, kind="stable")
+        steps[id_] = ts[order], state[order]
+    return steps
+
+
+def trading_state(root: Path, instrument: str) -> Steps:
     """See :func:`catalog.events.trading_state`."""
-    path = root / FILE
-    if not path.is_file():
-        return np.empty(0, np.int64), np.empty(0, np.int8)
-    try:
-        table = pq.read_table(path, filters=[("instrument_id", "==", instrument)])
-        codes = {name: code for code, name in STATES.items()}
-        return table["ts_init"].cast(pa.int64()).to_numpy(), np.array([codes[s] for s in table["state"].to_pylist()], np.int8)
-    except (pa.ArrowException, OSError, KeyError, ValueError) as e:
-        raise InputError(f"{path} is damaged ({str(e).splitlines()[0][:120]}): import the catalog again") from None
+    return read(root, [instrument]).get(instrument, (np.empty(0, np.int64), np.empty(0, np.int8)))
 
 
-def at(steps: tuple[NDArray[np.int64], NDArray[np.int8]], ts: Any) -> Any:
+def at(steps: Steps, ts: Any) -> Any:
     """The state at each time of `ts` (ns UTC, int64 array): that of the last step at or before it, UNKNOWN before the first."""
     when, state = steps
     return np.append(state, np.int8(UNKNOWN))[np.searchsorted(when, ts, "right") - 1]
+
+
+def close_after(steps: Steps, ts: int) -> int:
+    """When the market closes next after `ts` (ns UTC), half-days and holidays included; the end of time where the records tell of no close.
+
+    Over history this is the calendar, which exchanges publish long before; no halt or auction is looked up that way.
+    """
+    when, state = steps
+    ahead = np.flatnonzero((when > ts) & (state == CLOSED))
+    return int(when[ahead[0]]) if len(ahead) else 2**63 - 1

@@ -20,7 +20,7 @@ import datetime as dt
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal
 from importlib.metadata import version
 from pathlib import Path
@@ -30,27 +30,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from catalog.conditions import AUCTIONS, CORRECTIONS, NOT_TRADES, SHARES_SINCE, SWEEP, TRF_EXCHANGE
 from catalog.errors import InputError
 from catalog.polygon import NEW_YORK, PAGE, VENUE, Request, Want, midnight, utc, wants
 from catalog.progress import Steps
 
-SHARES_SINCE: Final = midnight(dt.date(2025, 11, 3), NEW_YORK)  # NBBO sizes are shares from here on
 EQUITY_PRECISION: Final = 4
-
-# Sale conditions of prints that say nothing about the market now: by the consolidated rules of CTA and UTP none sets the last price.
-NOT_TRADES: Final = {
-    2: "average price", 5: "bunched sold", 7: "cash sale", 10: "derivatively priced", 13: "extended hours, sold out of sequence",
-    15: "market center official close", 16: "market center official open", 20: "next day", 21: "price variation",
-    22: "prior reference price", 29: "seller", 32: "sold, out of sequence", 33: "sold, out of sequence, stopped stock",
-    38: "corrected consolidated close", 52: "contingent", 53: "qualified contingent",
-}  # fmt: skip
-AUCTIONS: Final = {
-    8: "closing prints", 9: "cross", 17: "opening", 18: "reopening", 19: "closing", 25: "opening prints", 28: "reopening prints"
-}  # fmt: skip
-SWEEP: Final = 14  # intermarket sweep order
-# Correction indicators of messages about an earlier print. The print itself (1 corrected, 7 and 8 cancelled later) stays: it was seen.
-CORRECTIONS: Final = (10, 11, 12)
-TRF_EXCHANGE: Final = 4  # FINRA's trade reporting facilities; with a TRF id: executed off exchange
 
 TRADE: Final = np.dtype(
     [
@@ -283,7 +268,8 @@ def import_parts(request: Request, parts: Path, out: Path) -> dict[str, Any]:
     try:
         with Steps("import from Polygon", len(request.symbols), "symbols") as s:
             for symbol in request.symbols:
-                report["instruments"][f"{_name(symbol)}.{VENUE}"] = _import_symbol(request, symbol, todo, parts, import_to, quality, report)
+                found = _import_symbol(request, symbol, todo, parts, import_to, quality, report)
+                report["instruments"][f"{nautilus_name(symbol)}.{VENUE}"] = found
                 s.advance()
         report["counts"] = dict(sum((Counter(c) for c in report["instruments"].values()), Counter()))
         report["moved"] = quality.pop("moved", 0)
@@ -299,7 +285,7 @@ def import_parts(request: Request, parts: Path, out: Path) -> dict[str, Any]:
     return report
 
 
-def _name(symbol: str) -> str:
+def nautilus_name(symbol: str) -> str:
     return symbol.removeprefix("X:").replace("-", "") if symbol.startswith("X:") else symbol
 
 
@@ -314,7 +300,7 @@ def _import_symbol(
             files.setdefault(w.kind, []).extend(found)
             report["sources"] |= {str(f.relative_to(parts)): f.stem[6:] for f in found}
     details = json.loads((parts / symbol.replace(":", "_") / "ticker.json").read_text())
-    name = f"{_name(symbol)}.{VENUE}"
+    name = f"{nautilus_name(symbol)}.{VENUE}"
     digits = (EQUITY_PRECISION, 0) if equity else _precisions(files)
     about = {"instrument_id": name, "price_precision": str(digits[0]), "size_precision": str(digits[1])}
     q_out = _Ticks(root, "quotes", name, _SCHEMAS["quotes"], {**about, "type_name": "QuoteTick"})
@@ -353,7 +339,7 @@ def _import_symbol(
     if not any(counts.values()):
         span = f"between {utc(request.start)} and {utc(request.end)}"
         raise InputError(f"Polygon has no {' or '.join(request.kinds)} of {symbol} {span}: change the range")
-    tick = dict(request.ticks).get(symbol) or (_tick(grid) if equity else str(Decimal(1).scaleb(-digits[0])))
+    tick = dict(request.ticks).get(symbol) or (equity_tick(grid) if equity else str(Decimal(1).scaleb(-digits[0])))
     _write_instrument(root, symbol, details, digits, tick, [f for f in request.fees if f[0] in (symbol, "*")])
     return counts
 
@@ -368,7 +354,7 @@ def _rounded(v: np.ndarray, unit: int, quality: Counter[str]) -> np.ndarray:
     return (whole + ((2 * rest > unit) | ((2 * rest == unit) & (whole % 2 == 1)))) * unit
 
 
-def _tick(grid: np.ndarray) -> str:
+def equity_tick(grid: Sequence[int] | np.ndarray) -> str:
     """A cent, half a cent or a hundredth of one: the coarsest on which 99.9 % of the quoted prices lie (0.01 where nothing was quoted)."""
     if grid[2] >= 0.999 * grid[0]:
         return "0.01"
@@ -428,7 +414,7 @@ def _write_instrument(
         **{name: value for of, name, value in sorted(fees, key=lambda f: f[0] != "*")},
     }
     info = {"cift": extras, "polygon": {k: details[k] for k in ("name", "primary_exchange", "type", "sic_code") if details.get(k)}}
-    ids = InstrumentId.from_str(f"{_name(symbol)}.{VENUE}"), Symbol(symbol)
+    ids = InstrumentId.from_str(f"{nautilus_name(symbol)}.{VENUE}"), Symbol(symbol)
     increment = Price.from_str(f"{Decimal(tick):.{digits[0]}f}")
     made: Any
     if equity:

@@ -8,6 +8,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
+
+STORE: Final = Path(__file__).resolve().parent / "data"  # what is made or downloaded without being told where; not in git
 
 
 @contextmanager

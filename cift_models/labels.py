@@ -15,6 +15,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from catalog.asof import Lookup
 from catalog.events import SCALE, Instrument, session_bounds
 from cift_models.windows import HORIZONS_NS
 
@@ -38,7 +39,7 @@ class Outcomes(NamedTuple):
     """Labels that became known, in the order in which they did; each array (o,).
 
     (`instrument`, `serial`) name the decision: the serial-th of that instrument, from 0. `move` is in ticks, NaN where the label
-    does not exist (no two-sided book, or the end lies in another session). `at` is the index in the block of the first event
+    does not exist (no two-sided book, or the market did not trade all the time between). `at` is the index in the block of the first event
     after which it may be used; `known_at` (ns) the same instant on the clock.
     """
 
@@ -96,7 +97,8 @@ class Labeller:
     A clock label of a decision at t ends at t + h: the mid after the instrument's last event with ts_init <= t + h. It is given
     out at the instrument's next event, and `known_at` = t + h + 1 ns, the first instant at which no event of t + h can come any
     more. A label over n events ends at the instrument's n-th event after the decision and is known at that event. No label
-    crosses the end of a session, nor the end of the data. Any cut of the stream into blocks gives the same outcomes.
+    reaches the close of a session, a halt, auction or close, a roll or an expiry (`Instrument.pauses`, and what :meth:`pause` is told),
+    nor the end of the data; a decision within one has none. Any cut of the stream into blocks gives the same outcomes.
     """
 
     def __init__(
@@ -104,7 +106,7 @@ class Labeller:
     ) -> None:
         n, labels = len(instruments), len(horizons_ns) + len(counts)
         self._tick = np.array([i.tick / SCALE for i in instruments], np.float64)
-        self._sessions = [i.session for i in instruments]
+        self._sessions, self._pauses = [i.session for i in instruments], [sorted(i.pauses) for i in instruments]
         self._bounds: list[tuple[int, int]] = [(0, -1)] * n
         self._horizons, self._counts = np.array(horizons_ns, np.int64), np.array(counts, np.int64)
         self._ring = [np.zeros((n, room), d) for d in (np.int64, np.float64, np.int64, np.int64, np.int64)]
@@ -129,9 +131,31 @@ class Labeller:
                 bigger[k, waiting % size] = ring[k, waiting % old]
             self._ring[a] = bigger
 
+    def pause(self, instrument: int, ts: int) -> None:
+        """From `ts` (ns) on the market does not trade. Told as it happens, before events at or after `ts`, as `Instrument.pauses` would."""
+        mine = self._pauses[instrument] = [p for p in self._pauses[instrument] if p[1] > self._newest]
+        if not mine or mine[-1][1] <= ts:
+            mine.append((ts, NEVER))
+        hi = self._ring[4][instrument]
+        waiting = np.arange(self._head[instrument].min(), self.tail[instrument]) % self.room
+        hi[waiting] = np.minimum(hi[waiting], ts - 1)
+
+    def resume(self, instrument: int, ts: int) -> None:
+        """The market trades again from `ts` (ns) on; at the `ts` of its pause, the pause was a roll."""
+        mine = self._pauses[instrument]
+        if mine and mine[-1][1] == NEVER:
+            mine[-1] = (mine[-1][0], ts)
+
     def _session(self, ts: I64, inst: I64) -> tuple[I64, I64]:
-        """Open and close (ns) of the session of each decision; the whole of time where trading never stops."""
+        """Within which times (ns, both inclusive) the labels of each decision must lie: an empty span where it has none."""
         lo, hi = np.full(len(ts), np.iinfo(np.int64).min), np.full(len(ts), NEVER)
+        for k, pauses in enumerate(self._pauses):
+            if not pauses or not len(mine := np.flatnonzero(inst == k)):
+                continue
+            begin, end = np.array(pauses, np.int64).T
+            n = np.searchsorted(begin, ts[mine], "right")  # pauses that have begun
+            until = np.append(np.iinfo(np.int64).min, np.maximum.accumulate(end))[n]
+            hi[mine] = np.where(until > ts[mine], ts[mine] - 1, np.append(begin, np.int64(NEVER))[n] - 1)
         for k, session in enumerate(self._sessions):
             if session is None or not len(mine := np.flatnonzero(inst == k)):
                 continue
@@ -141,7 +165,7 @@ class Labeller:
                 if not begin <= t[a] < end:
                     begin, end = self._bounds[k] = session_bounds(session, int(t[a]))
                 b = max(a + 1, int(np.searchsorted(t, end)))
-                lo[mine[a:b]], hi[mine[a:b]] = begin, end
+                lo[mine[a:b]], hi[mine[a:b]] = begin, np.minimum(hi[mine[a:b]], end - 1)
                 a = b
         return lo, hi
 
@@ -219,6 +243,7 @@ class Study(NamedTuple):
     """What a member learns from.
 
     `names` are the columns of `table.rows`, `inputs` those that models may use; `usable` the horizons with labels enough to learn.
+    `altdata` tells what was known of the instruments at any time, where a table of alternative data was given.
     """
 
     instruments: tuple[Instrument, ...]
@@ -229,6 +254,7 @@ class Study(NamedTuple):
     thresholds: Thresholds
     usable: tuple[int, ...]
     seed: int
+    altdata: Lookup | None = None
 
     def classes(self, label: int) -> I8:
         """(n,) 0 down, 1 flat, 2 up by the balanced threshold, -1 where there is no label."""

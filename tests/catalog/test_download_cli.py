@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from test_catalog_cli import ROOT, run
 from test_historical import service  # noqa: F401  the fixture
 
-from catalog import importer
+from catalog import importer, status
+from catalog.events import read_catalog, trading_state
 
 ASK = ("XNAS.ITCH", "--symbols", "AAA", "--start", "2024-01-04", "--end", "2024-01-06")
 
@@ -26,16 +28,20 @@ def store(tmp_path, monkeypatch):
 
 def test_without_a_terminal_and_without_yes_the_price_is_told_and_nothing_bought(service, store, monkeypatch, capsys):  # noqa: F811
     code, _, err = run(monkeypatch, capsys, "download", *ASK)
-    assert code == 2 and "the download costs $0.52 and there is no terminal to ask on: add --yes" in err
+    assert code == 2 and "the download costs $0.54 and there is no terminal to ask on: add --yes" in err
     assert not any("get_range " in a for a in service.asked) and not store.exists()
 
 
 def test_what_is_paid_for_is_downloaded_and_imported_and_not_paid_again(service, store, tmp_path, monkeypatch, capsys):  # noqa: F811
     code, out, err = run(monkeypatch, capsys, "download", *ASK, "--yes", "--out", tmp_path / "c", "--json")
-    assert code == 0 and "1,002 records in 4 files" in err and "cost $0.52" in err
+    assert code == 0 and "1,006 records in 6 files" in err and "cost $0.54" in err
     found = json.loads(out.splitlines()[-1])
     assert found["counts"] == {"order_book_deltas": 1_000, "trades": 0} and found["root"] == str(tmp_path / "c")
-    assert [i["id"] for i in found["instruments"]] == ["AAA.XNAS"] and len(list((store / "databento").glob("*.zst"))) == 4
+    assert [i["id"] for i in found["instruments"]] == ["AAA.XNAS"] and len(list((store / "databento").glob("*.zst"))) == 6
+    when, state = trading_state(tmp_path / "c", "AAA.XNAS")
+    assert list(state) == [status.OPEN, status.HALTED] * 2 and np.all(np.diff(when) > 0), "halts work without further action"
+    halts = read_catalog(tmp_path / "c")[0][0].pauses
+    assert [b - a for a, b in halts[:1]] == [(86_400 - 3_600) * 10**9] and len(halts) == 2
     service.asked.clear()
     code, out, _ = run(monkeypatch, capsys, "download", *ASK, "--out", tmp_path / "c", "--json")
     assert code == 0 and json.loads(out.splitlines()[-1])["reused"]

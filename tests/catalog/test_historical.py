@@ -28,6 +28,7 @@ from databento_dbn import Metadata, Schema, SType
 
 from catalog.errors import InputError
 from catalog.historical import Historical, Quote, download, parse_time, stype_of
+from catalog.status import STATUS
 
 KEY = "db-0123456789abcdefghijklmnopqrs"
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,6 +68,17 @@ def definitions(start: int) -> bytes:
     return zstandard.compress(meta.encode() + bytes(aaa))
 
 
+def statuses(start: int) -> bytes:
+    """A day's status file: it opens a minute after the day begins, and an hour later it is halted."""
+    head = bytes([STATUS.itemsize // 4, 0x12, 2, 0])
+    rows = [(head, 7, t, t, action, 1, 0, "~", "~", "~", b"") for t, action in ((start + 60 * 10**9, 7), (start + 3_660 * 10**9, 8))]
+    meta = Metadata(
+        dataset="XNAS.ITCH", start=start, stype_out=SType.INSTRUMENT_ID, symbols=["AAA"], partial=[], not_found=[], mappings=MAPPED,
+        schema=Schema.STATUS, stype_in=SType.RAW_SYMBOL,
+    )  # fmt: skip
+    return zstandard.compress(meta.encode() + np.array(rows, STATUS).tobytes())
+
+
 @dataclass
 class Service:
     """What the server holds, and the faults it has been told to make: path -> the answers to give before the right one."""
@@ -75,10 +87,11 @@ class Service:
     faults: dict[str, list[str]] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     per_day: int = 500
+    schemas: tuple[str, ...] = ("mbo", "mbp-1", "definition", "status", "statistics")
     empty_days: tuple[str, ...] = ("2024-01-06",)
 
     def records(self, form: dict[str, str]) -> int:
-        return 0 if form["start"][:10] in self.empty_days else 1 if form["schema"] == "definition" else self.per_day
+        return 0 if form["start"][:10] in self.empty_days else {"definition": 1, "status": 2}.get(form["schema"], self.per_day)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -121,6 +134,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.error(422, "symbology_invalid_symbol", "None of the symbols could be resolved")
         if call == "metadata.get_dataset_range":
             return self.send(200, b'{"start": "2018-05-01T00:00:00.000000000Z", "end": "2024-06-01T00:00:00.000000000Z"}')
+        if call == "metadata.list_schemas":
+            return self.send(200, json.dumps(s.schemas).encode())
         n = s.records(form)
         if call == "metadata.get_record_count":
             return self.send(200, str(n).encode())
@@ -130,7 +145,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(200, str(0.25 if form["schema"] == "mbo" else 0.01).encode())
         assert call == "timeseries.get_range"
         begin = int(datetime.fromisoformat(form["start"]).replace(tzinfo=UTC).timestamp()) * 10**9
-        body = definitions(begin) if form["schema"] == "definition" else dbn(begin, n)
+        body = {"definition": definitions, "status": statuses}.get(form["schema"], lambda t: dbn(t, n))(begin)
         if fault == "drop":
             self.send(200, body[: len(body) // 2], length=len(body))
             return self.connection.close()
@@ -166,23 +181,24 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service
 pauses: list[float] = []
 
 
-def get(out: Path, start: str = "2024-01-04", end: str = "2024-01-07", symbols: Sequence[str] = ("AAA",), accept: int = 1) -> list[Path]:
+def get(out: Path, start: str = "2024-01-04", end: str = "2024-01-07", symbols: Sequence[str] = ("AAA",), accept: int = 1,
+        schema: str = "mbo") -> list[Path]:  # fmt: skip
     pauses.clear()
-    return download("XNAS.ITCH", "mbo", symbols, start, end, out, lambda _: bool(accept), pause=pauses.append)
+    return download("XNAS.ITCH", schema, symbols, start, end, out, lambda _: bool(accept), pause=pauses.append)
 
 
 def test_the_price_is_shown_before_anything_is_bought(service: Service, tmp_path: Path) -> None:
     seen: list[Quote] = []
     with pytest.raises(InputError, match="declined: nothing was downloaded"):
         download("XNAS.ITCH", "mbo", ["AAA"], "2024-01-04", "2024-01-07", tmp_path / "o", lambda q: bool(seen.append(q)))
-    assert seen[0].cost == pytest.approx(2 * 0.25 + 2 * 0.01) and seen[0].records == 2 * 501 and seen[0].bytes == 56 * 1002
+    assert seen[0].cost == pytest.approx(2 * 0.25 + 4 * 0.01) and seen[0].records == 2 * 503 and seen[0].bytes == 56 * 1006
     assert not any("get_range " in a for a in service.asked) and not (tmp_path / "o").exists()
 
 
-def test_days_arrive_whole_definitions_first_and_empty_days_are_left_out(service: Service, tmp_path: Path) -> None:
+def test_days_arrive_whole_with_definitions_and_status_first_and_empty_days_are_left_out(service: Service, tmp_path: Path) -> None:
     files = get(tmp_path / "o")
-    assert [f.name.split(".")[-3] for f in files] == ["definition"] * 2 + ["mbo"] * 2
-    assert [len(databento.DBNStore.from_file(f).to_ndarray()) for f in files[2:]] == [500, 500]
+    assert [f.name.split(".")[-3] for f in files] == ["definition"] * 2 + ["status"] * 2 + ["mbo"] * 2
+    assert [len(databento.DBNStore.from_file(f).to_ndarray()) for f in files[4:]] == [500, 500]
 
 
 def test_what_is_here_is_not_bought_again(service: Service, tmp_path: Path) -> None:
@@ -190,7 +206,7 @@ def test_what_is_here_is_not_bought_again(service: Service, tmp_path: Path) -> N
     service.asked.clear()
     assert get(tmp_path / "o", accept=0) == files, "nothing is missing: no question"
     assert not any("get_range " in a for a in service.asked)
-    files[3].write_bytes(b"damaged")
+    files[5].write_bytes(b"damaged")
     assert get(tmp_path / "o") == files
     assert [a for a in service.asked if "get_range " in a] == ["timeseries.get_range mbo 2024-01-05"]
 
@@ -199,15 +215,15 @@ def test_what_is_here_is_not_bought_again(service: Service, tmp_path: Path) -> N
 def test_faults_of_the_line_are_tried_again(service: Service, tmp_path: Path, fault: str) -> None:
     service.faults["timeseries.get_range"] = [fault, fault]
     files = get(tmp_path / "o")
-    assert len(files) == 4 and len(pauses) == 2
+    assert len(files) == 6 and len(pauses) == 2
     assert pauses == ([3.0, 3.0] if fault == "429" else [1.0, 2.0]), "the service's own Retry-After is kept"
 
 
 def test_a_service_that_stays_down_is_named_and_finished_parts_are_kept(service: Service, tmp_path: Path) -> None:
-    service.faults["timeseries.get_range"] = [""] * 3 + ["500"] * 99
+    service.faults["timeseries.get_range"] = [""] * 5 + ["500"] * 99
     with pytest.raises(InputError, match=r"did not answer .* finished parts are kept"):
         get(tmp_path / "o")
-    assert len(list((tmp_path / "o").glob("*.zst"))) == 3 and not list((tmp_path / "o").glob(".*zst"))
+    assert len(list((tmp_path / "o").glob("*.zst"))) == 5 and not list((tmp_path / "o").glob(".*zst"))
     service.faults.clear()
     service.asked.clear()
     get(tmp_path / "o")
@@ -224,6 +240,7 @@ def test_a_service_that_stays_down_is_named_and_finished_parts_are_kept(service:
         ({"end": "2025-01-01"}, "has data from 2018-05-01"),
         ({"start": "yesterday"}, "no date or time"),
         ({"start": "2024-01-06"}, "has no mbo records"),
+        ({"schema": "mbp-10"}, "has no schema mbp-10; it has mbo, mbp-1"),
     ],
 )
 def test_wrong_requests_are_refused_in_one_line(service: Service, tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -234,7 +251,7 @@ def test_wrong_requests_are_refused_in_one_line(service: Service, tmp_path: Path
 
 def test_a_refused_key_is_never_printed(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATABENTO_API_KEY", "db-wrong-wrong-wrong-wrong-wrong")
-    with pytest.raises(InputError, match=r"refused the range of XNAS.ITCH .401.: check DATABENTO_API_KEY") as e:
+    with pytest.raises(InputError, match=r"refused the schemas of XNAS.ITCH .401.: check DATABENTO_API_KEY") as e:
         get(tmp_path / "o")
     assert "wrong-wrong" not in str(e.value)
     monkeypatch.delenv("DATABENTO_API_KEY")
@@ -249,21 +266,37 @@ def test_an_untrusted_certificate_is_refused(service: Service, tmp_path: Path, m
         get(tmp_path / "o")
 
 
+def test_a_dataset_without_status_records_is_downloaded_without_them(service: Service, tmp_path: Path) -> None:
+    service.schemas = ("mbo", "definition")
+    assert [f.name.split(".")[-3] for f in get(tmp_path / "o", end="2024-01-05")] == ["definition", "mbo"]
+    service.schemas = ("mbo",)
+    assert [f.name.split(".")[-3] for f in get(tmp_path / "p", end="2024-01-05")] == ["mbo"]
+
+
+def test_definitions_and_status_of_a_part_of_a_day_are_those_of_the_day_so_far(service: Service, tmp_path: Path) -> None:
+    get(tmp_path / "o", start="2024-01-04T14:00", end="2024-01-04T15:00")
+    begun = {a for a in service.asked if "get_cost" in a}
+    assert begun == {f"metadata.get_cost {s} 2024-01-04" for s in ("definition", "status", "mbo")}
+    assert sorted(f.name.split(".")[0][-22:] for f in (tmp_path / "o").glob("*.zst")) == [
+        "20240104T000000-150000", "20240104T000000-150000", "20240104T140000-150000"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_download_goes_on_where_it_stopped(service: Service, tmp_path: Path, kill: signal.Signals) -> None:
-    service.faults["timeseries.get_range"] = ["", "", "", "hang"]
+    service.faults["timeseries.get_range"] = [""] * 5 + ["hang"]
     code = f"""
 from pathlib import Path
 from catalog.historical import download
 download("XNAS.ITCH", "mbo", ["AAA"], "2024-01-04", "2024-01-07", Path({str(tmp_path / "o")!r}), lambda q: True)"""
     child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
-    while sum("get_range " in a for a in service.asked) < 4:
+    while sum("get_range " in a for a in service.asked) < 6:
         assert child.poll() is None
     child.send_signal(kill)
     child.wait()
-    assert len(list((tmp_path / "o").glob("[!.]*.zst"))) == 3
+    assert len(list((tmp_path / "o").glob("[!.]*.zst"))) == 5
     service.asked.clear()
-    assert len(get(tmp_path / "o")) == 4
+    assert len(get(tmp_path / "o")) == 6
     assert [a for a in service.asked if "get_range " in a] == ["timeseries.get_range mbo 2024-01-05"]
 
 

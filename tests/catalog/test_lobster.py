@@ -89,6 +89,14 @@ def test_without_a_book_the_orders_of_the_messages_are_imported_and_halts_are_ke
     assert import_lobster([tmp_path / day(tmp_path, MESSAGES).name], tmp_path / "c").reused
 
 
+def test_no_order_outlives_its_day(tmp_path):
+    days = [day(tmp_path, MESSAGES[:3], symbol="AAA"), tmp_path / day(tmp_path, MESSAGES).name.replace("06-21", "06-22")]
+    days[1].write_text("34200.5,1,9,70,999900,1\n")
+    _, events = events_of(import_lobster(days, tmp_path / "c").root)
+    assert "".join(map(chr, events["action"]))[-2:] == "RA"
+    assert (depth(events, 2)[-1]["bid_px"] // 10**7).tolist() == [9_999, 0]
+
+
 def test_a_book_of_one_row_seeds_the_orders(tmp_path):
     messages = [MESSAGES[0], "34200.5,3,3,40,999900,1", "34200.6,4,4,5,1000500,-1"]
     info = import_lobster([day(tmp_path, messages, ["1000500,30,1000000,100,9999999999,0,999900,40"])], tmp_path / "c")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import databento_dbn as d
@@ -15,7 +16,7 @@ from test_databento import events_of, mbo
 from catalog import rolls, status
 from catalog.databento import import_dbn
 from catalog.errors import InputError
-from catalog.events import read_dbn, session_bounds, trading_state
+from catalog.events import read_catalog, read_dbn, session_bounds, trading_state
 from catalog.status import AUCTION, CLOSED, HALTED, OPEN, STATUS, UNKNOWN, read_status
 
 NS, HOUR = 10**9, 3_600 * 10**9
@@ -126,6 +127,28 @@ def test_the_state_of_a_market_is_a_step_function_of_time(season):
     assert list(trading_state(season.root, "ESM4.GLBX")[1]) == [OPEN]
 
 
+def test_an_instrument_knows_when_no_label_may_run(season):
+    """Its auctions, halts (a halt that becomes an auction is one pause) and closes, the roll away from it, and its expiry."""
+    opens, noon, never = [session_bounds(SESSION, t)[0] for t in DAYS], DAYS[1], 2**63 - 1
+    expiry = int(np.datetime64("2024-03-15", "ns").astype(np.int64))
+    march, june = read_catalog(season.root)[0]
+    assert march.pauses == (
+        (opens[1] - HOUR, opens[1]), (noon, noon + 120 * NS), (noon + 5 * HOUR, never), (opens[2], opens[2]), (expiry, expiry)
+    )  # fmt: skip
+    assert june.pauses[0] == (opens[2], opens[2]) and len(june.pauses) == 2
+    assert march == replace(march, pauses=()), "what is to come is no part of what an instrument is"
+    (season.root / "cift.json").rename(season.root / "aside.json")
+    (season.root / "cift.json").write_text('{"rolls": [{"ts": "soon"}]}')
+    with pytest.raises(InputError, match=r"cift\.json is damaged"):
+        read_catalog(season.root)
+    (season.root / "aside.json").rename(season.root / "cift.json")
+
+
+def test_a_close_to_come_is_known_as_the_calendar_is(season):
+    steps, close = trading_state(season.root, "ESH4.GLBX"), DAYS[1] + 5 * HOUR
+    assert [status.close_after(steps, t) for t in (0, DAYS[1], close - 1, close)] == [close, close, close, 2**63 - 1]
+
+
 def test_a_market_without_status_records_is_of_unknown_state(data):
     steps = trading_state(data / "catalogs/binance-2024-08-08", "BTCUSDT.BINANCE")
     assert not len(steps[0]) and status.at(steps, np.array([0, 2**62])).tolist() == [UNKNOWN, UNKNOWN]
@@ -143,7 +166,7 @@ def test_of_the_states_before_a_range_the_last_is_kept(season, tmp_path):
 
 def test_real_status_records_tell_the_trading_day_of_es(data):
     found = read_status(data / "databento/schemas/test_data.status.dbn.zst")
-    assert [(s.symbol, s.action, s.state) for s in found][:2] == [("ESH1", "trading", OPEN), ("ESH1", "pre_open", AUCTION)]
+    assert [(s.symbol, s.action, s.state) for s in found][:2] == [("ESH1", "TRADING", OPEN), ("ESH1", "PRE_OPEN", AUCTION)]
 
 
 def test_an_action_none_is_told_by_whether_it_trades(tmp_path):
@@ -180,3 +203,21 @@ def test_a_continuous_symbol_becomes_the_contracts_that_it_stood_for(tmp_path):
     assert [i.id for i in instruments] == ["ESH4.GLBX", "ESM4.GLBX"] and np.bincount(events["instrument"]).tolist() == [3, 2]
     published, table = read_dbn(tmp_path / "es.mbo.dbn.zst")
     assert [i.id for i in table] == ["ESH4.GLBX", "ESM4.GLBX"] and np.array_equal(published, events)
+
+
+def test_a_parent_symbol_brings_spreads_which_are_passed_over_by_name(tmp_path, capsys):
+    """ES.FUT is every contract and every calendar spread between them."""
+    everything = {s: n for s, (n, _) in CONTRACTS.items()} | {"ESH4-ESM4": 13}
+    define(tmp_path / "es.definition.dbn.zst")
+    spread = d.InstrumentDefMsg(1, 13, DAYS[0], DAYS[0], 5 * 10**7, 10**9, "ESH4-ESM4", "ES", "", d.InstrumentClass.FUTURE_SPREAD,
+                                d.SecurityUpdateAction.ADD, exchange="XCME", currency="USD")  # fmt: skip
+    raw = zstandard.ZstdDecompressor().decompress((tmp_path / "es.definition.dbn.zst").read_bytes(), 1 << 20)
+    (tmp_path / "es.definition.dbn.zst").write_bytes(zstandard.compress(raw + bytes(spread)))
+    records = mbo(*((n, "A", "B", 500_000, 1, n + 1, 128, 11 + n % 3) for n in range(9)))
+    content = meta(d.Schema.MBO, DAYS[0], {s: (n, "") for s, n in everything.items()})
+    (tmp_path / "es.mbo.dbn.zst").write_bytes(zstandard.compress(content + records.tobytes()))
+    info = import_dbn([tmp_path / "es.mbo.dbn.zst"], tmp_path / "c")
+    assert [i.id for i in info.instruments] == ["ESH4.GLBX", "ESM4.GLBX"] and info.counts["order_book_deltas"] == 6
+    assert "spreads and options are not read, passed over: ESH4-ESM4" in capsys.readouterr().err
+    with pytest.raises(InputError, match="ESH4-ESM4 is a spread or an option"):
+        import_dbn([tmp_path / "es.mbo.dbn.zst"], tmp_path / "e", symbols=["ESH4-ESM4"])

@@ -38,8 +38,8 @@ NEW_YORK = "09:30-16:00 America/New_York"
 OPEN = 1_709_303_400 * SCALE  # Friday 1 March 2024, 09:30 in New York
 
 
-def instrument(session: str | None = None, id_: str = "A.X") -> Instrument:
-    return Instrument(id_, TICK, SCALE, 1.0, "USD", session)
+def instrument(session: str | None = None, id_: str = "A.X", pauses: tuple[tuple[int, int], ...] = ()) -> Instrument:
+    return Instrument(id_, TICK, SCALE, 1.0, "USD", session, pauses=pauses)
 
 
 def market(seed: int, n: int = 400, instruments: int = 2, start: int = OPEN, gap_ns: int = 300_000_000):
@@ -60,17 +60,21 @@ def brute_force(events, mid, closes, instruments):
         k, t = int(events["instrument"][c]), int(events["ts_init"][c])
         session = instruments[k].session
         begin, end = session_bounds(session, t) if session else (-NEVER, NEVER)
+
+        def trades(until, begin=begin, end=end, t=t, k=k):
+            return begin <= t and until < end and not any(a <= until and t < b for a, b in instruments[k].pauses)
+
         for j, h in enumerate(HORIZONS_NS):
             if t + h > events["ts_init"][-1]:
                 continue
             at = max(i for i in range(len(events)) if events["instrument"][i] == k and events["ts_init"][i] <= t + h)
-            out[k, serial[k], j] = (mid[at] - mid[c]) / 0.01 if begin <= t and t + h <= end else math.nan, t + h + 1
+            out[k, serial[k], j] = (mid[at] - mid[c]) / 0.01 if trades(t + h) else math.nan, t + h + 1
         later = [i for i in range(c + 1, len(events)) if events["instrument"][i] == k]
         for j, n in enumerate(COUNTS):
             if len(later) >= n:
                 at = later[n - 1]
-                inside = begin <= t and events["ts_init"][at] <= end
-                out[k, serial[k], len(HORIZONS_NS) + j] = (mid[at] - mid[c]) / 0.01 if inside else math.nan, int(events["ts_init"][at])
+                until = int(events["ts_init"][at])
+                out[k, serial[k], len(HORIZONS_NS) + j] = (mid[at] - mid[c]) / 0.01 if trades(until) else math.nan, until
         serial[k] += 1
     return out
 
@@ -154,8 +158,65 @@ def test_no_label_crosses_the_close_or_the_night():
     events["ts_init"] = [close - 2 * SCALE, close - SCALE, close + 20 * 3600 * SCALE]
     got = as_dict(run(Labeller(instruments), events, np.array([100.0, 100.01, 105.0]), np.array([0, 1])))
     assert got[0, 0, 1][0] == pytest.approx(1.0)
-    assert got[0, 1, 1][0] == pytest.approx(0.0)  # ends at the close, where the mid still is
+    assert math.isnan(got[0, 1, 1][0])  # ends at the close
     assert math.isnan(got[0, 0, 2][0]) and math.isnan(got[0, 0, 3][0])
+
+
+def pauses_of(rng, events, n=6):
+    """Halts, auctions and rolls (empty spans), some of which begin or end at the stamp of an event; one lasts to the end."""
+    first, last = int(events["ts_init"][0]), int(events["ts_init"][-1])
+    stamps = np.sort(np.concatenate([rng.integers(first, last, n), rng.choice(events["ts_init"], n)])).tolist()
+    found = [(a, b) if rng.random() < 0.6 else (a, a) for a, b in zip(stamps[::2], stamps[1::2])]
+    return tuple(found) + (((stamps[-1], NEVER),) if rng.random() < 0.3 else ())
+
+
+@pytest.mark.parametrize("session", [None, NEW_YORK])
+@pytest.mark.parametrize("seed", range(8))
+def test_no_label_reaches_into_a_halt_an_auction_or_over_a_roll(seed, session):
+    events, mid, closes = market(seed, start=OPEN + int(6.5 * 3600 - 40) * SCALE, gap_ns=400_000_000)
+    rng = np.random.default_rng(seed)
+    instruments = [instrument(session, "A.X", pauses_of(rng, events)), instrument(None, "B.X", pauses_of(rng, events))]
+    want, got = brute_force(events, mid, closes, instruments), as_dict(run(Labeller(instruments, room=4), events, mid, closes))
+    assert want.keys() == got.keys()
+    for key, (move, known) in want.items():
+        assert got[key] == pytest.approx((move, known), abs=1e-4, nan_ok=True)
+    free = brute_force(events, mid, closes, [instrument(session, "A.X"), instrument(None, "B.X")])
+    taken = [k for k in want if math.isnan(want[k][0]) and not math.isnan(free[k][0])]
+    assert len(taken) > 50 and sum(not math.isnan(m) for m, _ in want.values()) > 20
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), cuts=st.lists(st.integers(1, 399), max_size=6))
+def test_a_pause_that_is_told_as_it_happens_gives_the_labels_of_one_that_was_known_before(seed, cuts):
+    """Live, where the venue tells of a halt when it comes, and over history, in whatever pieces, labels are the same."""
+    events, mid, closes = market(seed)
+    ts, told = events["ts_init"], pauses_of(np.random.default_rng(seed), events)
+    instruments = [instrument(None, "A.X", told), instrument(None, "B.X")]
+    want = as_dict(run(Labeller(instruments), events, mid, closes, cuts))
+    labeller = Labeller([instrument(None, "A.X"), instrument(None, "B.X")], room=4)
+    changes = [(when, ends) for span in told for ends, when in enumerate(span) if when < NEVER]
+    edges = sorted({0, len(events), *cuts, *np.searchsorted(ts, [c[0] for c in changes]).tolist()})
+    got = []
+    for a, b in itertools.pairwise(edges):
+        while changes and changes[0][0] <= ts[a]:
+            when, ends = changes.pop(0)
+            (labeller.resume if ends else labeller.pause)(0, when)
+        inside = closes[(closes >= a) & (closes < b)] - a
+        got.append((a, labeller.push(events[a:b], mid[a:b], inside)))
+    got.append((len(events), labeller.finish()))
+    found = as_dict(got)
+    assert found.keys() == want.keys()
+    assert all(np.array_equal(found[k], want[k], equal_nan=True) for k in want)
+
+
+def test_a_halt_to_come_changes_no_label_that_is_known_before_it():
+    events, mid, closes = market(5)
+    halt = int(events["ts_init"][250])
+    free, halted = (
+        as_dict(run(Labeller([instrument(pauses=p), instrument(pauses=p)]), events, mid, closes)) for p in ((), ((halt, halt + SCALE),))
+    )
+    known = {k for k, v in free.items() if v[1] < halt}
+    assert len(known) > 100 and all(np.array_equal(free[k], halted[k], equal_nan=True) for k in known)
 
 
 def test_the_balanced_threshold_leaves_a_third_flat_where_the_grid_allows():
