@@ -1,9 +1,11 @@
 """The meta-model: weighs the members' votes by regime, learns the weights online, decides, and says what it would do.
 
-The only file that names all five members. Takes votes at decisions and outcomes as they become known, gives mixed
-probabilities, a direction or an abstention, and a :class:`Recommendation`. The weights are Hedge on the log-loss with fixed share (Herbster
-and Warmuth 1998) and sleeping experts (Freund, Schapire, Singer, Warmuth 1997): a member that has nothing to say neither counts nor
-pays. Whichever members are there take part; so does one of the user's own, named "package.module:Class".
+The only file that names all five members. Takes votes at decisions and outcomes as they become known, gives one forecast, a direction or
+an abstention, and a :class:`Recommendation`. Two forecasts are made of the votes: their mixture, whose weights are Hedge on the log-loss
+with fixed share (Herbster and Warmuth 1998) and sleeping experts (Freund, Schapire, Singer, Warmuth 1997), so that it stays close to the
+best member whatever comes, and a log-linear pool fitted on the past (`pooling.py`), which can be better than all of them. A second
+Hedge of the two is the ensemble. A member that has nothing to say neither counts nor pays. Whichever members are there take part; so does
+one of the user's own, named "package.module:Class".
 
 A member is any class with (no base class; see `fusion.py` and `hmm.py`):
 
@@ -14,6 +16,13 @@ A member is any class with (no base class; see `fusion.py` and `hmm.py`):
     predict(block, state) -> windows.Votes             state advanced in place; the same numbers however the stream is cut into blocks
     save(folder), load(folder, names) -> member        files begin with its name; nothing is pickled
     regimes(state) -> (m, 5)                           optional: P(regime) at the closes predicted last
+    seeded = False                                     optional: its fit depends on no seed, and is done once
+    report() -> list[str]                              optional: what was learnt, in words, for `inspect`
+    join(known)                                        optional: take alternative data (asof.Lookup of the trained instruments, or None)
+    to(device)                                         optional: serve on "cpu" or "cuda" from now on
+
+A `Config` (frozen dataclass or pydantic model) in the member's module is what a user may set of it, see `settings.py`: `fit`, and
+`gatherer` where it takes one, get it as `config`.
 """
 
 from __future__ import annotations
@@ -33,6 +42,7 @@ from catalog.errors import InputError
 from catalog.events import Instrument
 from cift_models.hmm import POSITION, REGIMES
 from cift_models.labels import F64, I8, I64, H, Outcomes, Study
+from cift_models.pooling import SOFT, Pool, pooled, settle
 from cift_models.windows import Block, Votes
 
 MEMBERS: Final[Mapping[str, str]] = {
@@ -43,7 +53,6 @@ MEMBERS: Final[Mapping[str, str]] = {
     "fusion": "cift_models.fusion:Fusion",
 }
 R: Final = len(REGIMES)
-SOFT: Final = 1e-4  # every vote is mixed with this much of the uniform one, so that no loss is infinite
 
 
 class Member(Protocol):
@@ -110,14 +119,14 @@ class Recommendation(NamedTuple):
 
 @njit(cache=True, nogil=True)
 def _learn(p, regime, h, y, eta, share, w, mix_then, loss, member_loss, awake_rounds, rounds):  # type: ignore[no-untyped-def]
-    """One Hedge update of w (N,) from votes p (N, 3) of a decision in `regime` and its class y."""
+    """One Hedge update of w (N,) from votes p (N, 3) of a decision in `regime` and its class y; returns what the mixture gave y."""
     n, total, mixed, powered, awake = len(w), 0.0, 0.0, 0.0, 0
     for a in range(n):
         if p[a, 0] == p[a, 0]:
             total += w[a]
             awake += 1
     if awake == 0 or not total > 0:
-        return
+        return np.nan
     for a in range(n):
         if p[a, 0] == p[a, 0]:
             mixed += w[a] / total * p[a, y]
@@ -131,16 +140,17 @@ def _learn(p, regime, h, y, eta, share, w, mix_then, loss, member_loss, awake_ro
             member_loss[regime, h, a, 1] -= np.log(mixed)
             awake_rounds[regime, h, a] += 1
             w[a] = (1 - share) * w[a] * p[a, y] ** eta / powered + share * total / awake
+    return mixed
 
 
 @njit(cache=True, nogil=True)
 def _decide(  # type: ignore[no-untyped-def]
     closes, inst, mids, regimes, votes, sizes, o_inst, o_serial, o_label, o_move, o_at, serial0, threshold, confident, trust, eta, needs,
-    tilt, share, learn_from, ts, weights, loss, member_loss, awake_rounds, rounds, r_votes, r_mix, r_regime, r_ts,
-    proba, magnitude, confidence, direction,
+    tilt, share, learn_from, ts, pool_weight, pool_bias, pool_rate, weights, between, loss, both_loss, member_loss, awake_rounds, rounds,
+    r_votes, r_mix, r_pool, r_regime, r_ts, proba, magnitude, confidence, direction,
 ):  # fmt: skip
     """Outcomes and decisions of one block in the order of the stream. Shapes: votes (m, N, H, 3), weights (R + 1, H, N)."""
-    n, n_h, room, o = votes.shape[1], votes.shape[2], r_ts.shape[1], 0
+    n, n_h, room, o, given = votes.shape[1], votes.shape[2], r_ts.shape[1], 0, np.empty(2)
     for c in range(len(closes) + 1):
         while o < len(o_at) and (c == len(closes) or o_at[o] <= closes[c]):
             k, h, s = o_inst[o], o_label[o], o_serial[o] % room
@@ -148,10 +158,15 @@ def _decide(  # type: ignore[no-untyped-def]
                 y = 1 + (1 if o_move[o] > threshold[k, h] else 0) - (1 if o_move[o] < -threshold[k, h] else 0)
                 r = r_regime[k, s]
                 if r_mix[k, s, h, y] == r_mix[k, s, h, y]:
-                    _learn(
+                    given[0] = _learn(
                         r_votes[k, s, :, h], r, h, y, eta[h], share, weights[r, h], r_mix[k, s, h, y], loss, member_loss, awake_rounds,
                         rounds,
                     )  # fmt: skip
+                    given[1] = r_pool[k, s, h, y]
+                    if given[0] == given[0] and given[1] == given[1]:
+                        for b in range(2):
+                            both_loss[r, h, 1 + b] -= np.log(given[b])
+                        both_loss[r, h, 0] += settle(between[r, h], given, eta[h], share)
             o += 1
         if c == len(closes):
             break
@@ -179,7 +194,13 @@ def _decide(  # type: ignore[no-untyped-def]
                     if votes[c, a, h, 0] == votes[c, a, h, 0]:
                         p += weights[r, h, a] * votes[c, a, h, y]
                 proba[c, h, y] = p / total if awake > 0 and total > 0 else np.nan
-                r_mix[k, s, h, y] = proba[c, h, y]
+                r_mix[k, s, h, y], r_pool[k, s, h, y] = proba[c, h, y], np.nan
+            if len(pool_rate) > 0:
+                pooled(votes[c, :, h], pool_weight[r, h], pool_bias[h], pool_rate[k, h], r_pool[k, s, h])
+                if r_pool[k, s, h, 0] == r_pool[k, s, h, 0] and proba[c, h, 0] == proba[c, h, 0]:
+                    b = between[r, h, 1] / (between[r, h, 0] + between[r, h, 1])
+                    for y in range(3):
+                        proba[c, h, y] = (1 - b) * proba[c, h, y] + b * r_pool[k, s, h, y]
             if proba[c, h, 0] != proba[c, h, 0]:
                 confidence[c, h] = np.nan
                 continue
@@ -198,30 +219,35 @@ def _decide(  # type: ignore[no-untyped-def]
 class Learned:
     """What the ensemble carries along a stream: weights (R + 1, H, N), the last row for an unknown regime, and the account of its losses.
 
-    `loss` (R + 1, H, 2): of the mixture with the weights at the time the outcome arrives, and with those at the decision.
-    `member_loss` (R + 1, H, N, 2): of each member over the rounds in which it was awake, and of the mixture over the same rounds.
+    `between` (R + 1, H, 2): weights of the mixture and the pool. `loss` (R + 1, H, 2): of the mixture with the weights at the time the
+    outcome arrives, and with those at the decision. `both_loss` (R + 1, H, 3): of the two together, the mixture, the pool, where both
+    were there. `member_loss` (R + 1, H, N, 2): of each member over the rounds in which it was awake, and of the mixture over the same.
     """
 
     weights: F64
+    between: F64
     loss: F64
+    both_loss: F64
     member_loss: F64
     awake: I64
     rounds: I64
     serial: I64
-    ring: tuple[F64, F64, I64, I64] = field(repr=False)  # votes, mixture, regime, ts of decisions whose outcomes are not known yet
+    ring: tuple[F64, F64, F64, I64, I64] = field(repr=False)  # votes, mixture, pool, regime, ts of decisions with outcomes to come
 
 
 class Ensemble:
     """Fitted part: `threshold` (I, H) ticks, `weights` (R + 1, H, N), `confident` (H,) least confidence, `eta` (H,) learning rates <= 1.
 
-    `trust` (H,) in [0, 1] scales the expected |move| by how much of the expected signed move has come true (:func:`trust_in`).
+    `trust` (H,) in [0, 1] scales the expected |move| by how much of the expected signed move has come true (:func:`trust_in`). `pool`:
+    None before it is fitted; `between` (R + 1, H, 2) the weights of mixture and pool.
     """
 
     def __init__(
         self, names: Sequence[str], threshold: F64, weights: F64, confident: F64, eta: F64, config: Config | None = None,
-        trust: F64 | None = None,
+        trust: F64 | None = None, pool: Pool | None = None, between: F64 | None = None,
     ) -> None:  # fmt: skip
-        self.names, self.config = tuple(names), config or Config()
+        self.names, self.config, self.pool = tuple(names), config or Config(), pool
+        self.between = np.full((R + 1, H, 2), 0.5) if between is None else between
         self.trust = np.ones(H) if trust is None else trust
         self.threshold, self.weights, self.confident, self.eta = threshold, weights, confident, eta
         n = len(self.names)
@@ -236,13 +262,14 @@ class Ensemble:
     def new_state(self, room: int = 1024) -> Learned:
         i, n = len(self.threshold), len(self.names)
         return Learned(
-            self.weights.copy(), np.zeros((R + 1, H, 2)), np.zeros((R + 1, H, n, 2)), np.zeros((R + 1, H, n), np.int64),
-            np.zeros((R + 1, H), np.int64), np.zeros(i, np.int64), self._ring(room),
+            self.weights.copy(), self.between.copy(), np.zeros((R + 1, H, 2)), np.zeros((R + 1, H, 3)), np.zeros((R + 1, H, n, 2)),
+            np.zeros((R + 1, H, n), np.int64), np.zeros((R + 1, H), np.int64), np.zeros(i, np.int64), self._ring(room),
         )  # fmt: skip
 
-    def _ring(self, room: int) -> tuple[F64, F64, I64, I64]:
+    def _ring(self, room: int) -> tuple[F64, F64, F64, I64, I64]:
         i, n = len(self.threshold), len(self.names)
-        return np.empty((i, room, n, H, 3)), np.empty((i, room, H, 3)), np.zeros((i, room), np.int64), np.zeros((i, room), np.int64)
+        none = np.zeros((2, i, room), np.int64)
+        return np.empty((i, room, n, H, 3)), np.full((i, room, H, 3), np.nan), np.full((i, room, H, 3), np.nan), none[0], none[1]
 
     def decide(
         self, ts: I64, instrument: I64, mid: F64, closes: I64, votes: F64, sizes: F64, regimes: I64, outcomes: Outcomes, room: int,
@@ -254,29 +281,31 @@ class Ensemble:
         `room` the labeller's. Votes on decisions before `learn_from` (ns) teach nothing: they were given in sample.
         Returns proba (m, H, 3), magnitude (m, H), confidence (m, H), direction (m, H).
         """
-        if room > learned.ring[2].shape[1]:
+        if room > learned.ring[1].shape[1]:
             old, new = learned.ring, self._ring(room)
             for k, end in enumerate(learned.serial):
-                kept = np.arange(max(0, end - old[2].shape[1]), end)
+                kept = np.arange(max(0, end - old[1].shape[1]), end)
                 for a, b in zip(old, new):
                     b[k, kept % room] = a[k, kept % a.shape[1]]
             learned.ring = new
         m = len(closes)
         out = (np.empty((m, H, 3)), np.empty((m, H)), np.empty((m, H)), np.zeros((m, H), np.int8))
-        o = outcomes
+        o, pool = outcomes, self.pool or Pool(np.empty((0, H, 0)), np.empty((0, 3)), np.empty((0, H, 3)))
         _decide(
             closes, instrument, mid, np.where(regimes < 0, R, regimes), votes, sizes, o.instrument, o.serial, o.label, o.move, o.at,
             learned.serial, self.threshold, self.confident, self.trust, self.eta, self.needs, self.config.tilt, self.config.share,
-            learn_from, ts, learned.weights, learned.loss, learned.member_loss, learned.awake, learned.rounds, *learned.ring, *out,
+            learn_from, ts, *pool, learned.weights, learned.between, learned.loss, learned.both_loss, learned.member_loss, learned.awake,
+            learned.rounds, *learned.ring, *out,
         )  # fmt: skip
         return out
 
     def regret(self, learned: Learned) -> dict[str, Any]:
-        """Cumulative log-loss regret against every member, with its bound; nested lists over (regime, horizon, member).
+        """Cumulative log-loss regret of the mixture against every member, with its bound; nested lists over (regime, horizon, member).
 
         Over the n rounds in which member i was awake, in the order in which outcomes arrive, the mixture's loss exceeds i's by at most
         (ln(1 / w_i) + n ln(1 / (1 - share))) / eta, w_i its weight in the artifact (Freund et al. 1997, th. 1, with eta <= 1 by
         Jensen). Decisions are taken before their outcomes arrive, with older weights: `delay` is what that cost, and no bound covers it.
+        `pool` tells the same of the second Hedge: regret of the ensemble against mixture and pool, (regime, horizon, 2).
         """
         regret = learned.member_loss[..., 1] - learned.member_loss[..., 0]
         bound = (-np.log(self.weights) - learned.awake * np.log1p(-self.config.share)) / self.eta[None, :, None]
@@ -284,6 +313,15 @@ class Ensemble:
         return {
             "members": list(self.names), "regimes": [*REGIMES, "unknown"], "rounds": learned.rounds.tolist(),
             "awake": learned.awake.tolist(), "regret": regret.tolist(), "bound": bound.tolist(), "delay": delay.tolist(),
+            "pool": self._both(learned),
+        }  # fmt: skip
+
+    def _both(self, learned: Learned) -> dict[str, Any]:
+        loss = learned.both_loss
+        start = -np.log(self.between) - learned.rounds[..., None] * np.log1p(-self.config.share)
+        return {
+            "against": ["mixture", "pool"], "weight": learned.between.tolist(), "regret": (loss[..., :1] - loss[..., 1:]).tolist(),
+            "bound": (start / self.eta[None, :, None]).tolist(),
         }  # fmt: skip
 
     def save(self, folder: Path) -> None:
@@ -291,13 +329,16 @@ class Ensemble:
         np.savez(
             folder / "ensemble.npz", names=np.array(self.names), threshold=self.threshold, weights=self.weights, confident=self.confident,
             eta=self.eta, trust=self.trust, config=np.array([c.agree, c.tilt, c.share, c.least_cover, c.stop, c.kelly]),
+            between=self.between, **({} if self.pool is None else {f"pool_{k}": v for k, v in self.pool._asdict().items()}),
         )  # fmt: skip
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         with np.load(folder / "ensemble.npz", allow_pickle=False) as z:
             config = Config(*(float(v) for v in z["config"]))
-            return cls([str(n) for n in z["names"]], z["threshold"], z["weights"], z["confident"], z["eta"], config, z["trust"])
+            pool = Pool(*(z[f"pool_{k}"] for k in Pool._fields)) if "pool_rate" in z else None
+            names = [str(n) for n in z["names"]]
+            return cls(names, z["threshold"], z["weights"], z["confident"], z["eta"], config, z["trust"], pool, z["between"])
 
 
 def learning_rates(ts: I64, instrument: I64, horizons_ns: Sequence[int], step: int = 1) -> F64:
@@ -385,6 +426,6 @@ def recommend(
     p = float(proba[best, 1 + d] / max(proba[best, 0] + proba[best, 2], 1e-12))
     kelly = max(0.0, p - (1 - p) * risk / reward) if reward > 0 else 0.0
     size = config.kelly * kelly * (POSITION[regime] if regime >= 0 else 1.0)
-    ratio = max(0.0, reward / risk)
+    ratio = max(0.0, reward / risk) if risk > 0 else 0.0
     reason = "" if size > 0 else "does not pay for spread and cost" if kelly == 0 else f"regime {REGIMES[regime]}"
     return Recommendation(d if size > 0 else 0, best, move, min(1.0, size), stop, target, ratio, reason)

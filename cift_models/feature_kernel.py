@@ -555,5 +555,6 @@ def _compiled(source: int) -> tuple[Callable[..., int], Callable[..., None]]:
 
 # numba keeps these two on disk under a key made of this file and of what they close over, so that has to tell apart versions of all
 # that they take in from elsewhere; the kernels above are not kept on their own.
-_SOURCES: Final = (catalog.book, catalog.events, cift_models.feature_table)
-run, step = _compiled(zlib.crc32(b"".join(Path(str(m.__file__)).read_bytes() for m in _SOURCES)) | 1)
+_SOURCES: Final = *(Path(str(m.__file__)) for m in (catalog.book, catalog.events, cift_models.feature_table)), Path(__file__)
+SOURCE: Final = zlib.crc32(b"".join(p.read_bytes() for p in _SOURCES)) | 1
+run, step = _compiled(SOURCE)

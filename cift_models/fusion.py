@@ -2,39 +2,38 @@
 
 XGBoost (Chen and Guestrin 2016) fits; isotonic regression (Zadrozny and Elkan 2002) calibrates on a later slice; our own walk over
 the trees predicts, equal to XGBoost to the last float32 bit, at a fraction of its cost for one row. Takes the model-input columns of
-decision rows (any further named column joins by name) and, where a table of alternative data is given, its 27 features and their ages as
-of the time they were known; gives class probabilities and the expected size of the move. Missing values are NaN and the trees cope; so does
-a feed that lacks whole columns.
+decision rows (any further named column joins by name) and, where alternative data are given (:class:`catalog.asof.Lookup`), the values and
+ages of the 27 features as of the time they were known; gives class probabilities and the expected size of the move. Missing values are
+NaN and the trees cope; so does a feed that lacks whole columns. A column that went up and down only a few times in the fit slice is left
+out, an age with its value: from so few independent values trees would learn the clock of that slice.
 
-The table (:class:`catalog.altdata.Table`) comes by `Config.alternative`, or from a subclass, which is a member of one's own with its name:
-
-    class Informed(Fusion):
-        name = "informed"
-        alternative = altdata.read("alternative.parquet")
-
-An artifact names the columns and does not hold the table: without one, or past its end, the columns are NaN or what was known last.
+An artifact names its columns and does not hold the data: without them, or past their end, the columns are NaN or what was known last.
 """
 
 from __future__ import annotations
 
 import json
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+from pydantic import Field
 
 from catalog import altdata
+from catalog.asof import Lookup
 from cift_models.labels import F64, I64, LABELS, H, Study
+from cift_models.trees import interpolate, read_trees, softmax, walk
 from cift_models.windows import HORIZONS_NS, Block, Votes
 
-TILE, FEW = 32, 8  # rows walked together, so that a tree stays in the cache while they pass; fewer go one by one
 LEAST_CALIBRATION = 200  # labels; with fewer, scores stay as they are
-ALTERNATIVE = (*(f"alt_{n}" for n in altdata.NAMES), *(f"alt_{n}_age" for n in altdata.NAMES))  # values, ages in seconds
+ALTERNATIVE = tuple(f"alt_{n}" for n in altdata.NAMES)  # columns of values; those of their ages, seconds, end in AGE
+AGE = "_age"
+TRAVELS, LEAST_TRAVELS = 10, 30  # that a column has to make in the fit slice, on average of the instruments and over all of them
+BLENDS, PARTS = (0.0, 0.25, 0.5, 0.75, 1.0), 4  # shares of the isotonic curve that are tried, and parts of time that try them
 SLICES, EXPLAINED = 4, 250  # slices of time over which SHAP values are taken, and decisions of each
 FLOOR = 1e-3  # no calibrated probability is nearer to 0 or 1
 
@@ -42,141 +41,15 @@ FLOOR = 1e-3  # no calibrated probability is nearer to 0 or 1
 @dataclass(frozen=True, slots=True)
 class Config:
     rounds: int = 100  # at most; x 3 classes x 4 horizons = 1,200 trees
-    patience: int = 20  # stops where the calibration slice has not gained for so many rounds, and keeps the best; 0: all
+    patience: Annotated[int, Field(ge=0)] = 20  # stops where the calibration slice gained nothing for so long, keeps the best; 0: all
     depth: int = 4
     eta: float = 0.1
     bins: int = 64
     columns: float = 0.5  # share of the columns that a tree sees
     child_weight: float = 5.0  # in independent labels: rows weigh what their overlapping labels are worth
     l2: float = 5.0
-    identity: float = 100.0  # independent labels' worth of belief that scores are calibrated as they are
     max_rows: int = 40_000  # a horizon learns from no more; overlapping labels add little
-    alternative: altdata.Table | None = None  # joined to each decision as of the time known; None: the class's own, if any
     threads: int = 2  # horizons fitted at once, each on one core: boosters that share cores wait for one another
-
-
-class Trees(NamedTuple):
-    """T trees as perfect binary trees of one depth: inner nodes (T, 2^d - 1), leaves (T, 2^d), all float32 as in XGBoost."""
-
-    feature: NDArray[np.int16]
-    cut: NDArray[np.float32]
-    nan_right: NDArray[np.bool_]
-    leaf: NDArray[np.float32]
-    group: I64  # (T,) which sum the tree adds to: 3 * horizon + class
-    base: NDArray[np.float32]  # (3 H,) where each sum starts
-
-
-def read_trees(models: dict[int, dict[str, Any]]) -> Trees:
-    """XGBoost's own JSON of each horizon's booster -> the layout that the walk uses; horizons without a booster have no tree."""
-    flat: list[tuple[int, dict[str, Any]]] = []
-    base = np.zeros(3 * H, np.float32)
-    for h, model in sorted(models.items()):
-        learner = model["learner"]
-        booster = learner["gradient_booster"]["model"]
-        base[3 * h : 3 * h + 3] = np.array(json.loads(learner["learner_model_param"]["base_score"]), np.float32)
-        flat += [(3 * h + g, t) for g, t in zip(booster["tree_info"], booster["trees"])]
-    depth = max((_depth(t) for _, t in flat), default=1)
-    inner, n = 2**depth - 1, len(flat)
-    trees = Trees(
-        np.zeros((n, inner), np.int16), np.zeros((n, inner), np.float32), np.zeros((n, inner), np.bool_),
-        np.zeros((n, inner + 1), np.float32), np.array([g for g, _ in flat], np.int64), base,
-    )  # fmt: skip
-    for i, (_, tree) in enumerate(flat):
-        _lay(tree, trees, i, 0, 0, inner)
-    return trees
-
-
-def _depth(tree: dict[str, Any], node: int = 0) -> int:
-    left = tree["left_children"][node]
-    return 0 if left == -1 else 1 + max(_depth(tree, left), _depth(tree, tree["right_children"][node]))
-
-
-def _lay(tree: dict[str, Any], to: Trees, i: int, node: int, place: int, inner: int) -> None:
-    """Copy the subtree at `node` to `place`; a leaf above the lowest level is repeated below itself."""
-    if place >= inner:
-        to.leaf[i, place - inner] = tree["split_conditions"][node]
-        return
-    left, right = tree["left_children"][node], tree["right_children"][node]
-    if left == -1:
-        left = right = node
-    else:
-        to.feature[i, place], to.cut[i, place] = tree["split_indices"][node], tree["split_conditions"][node]
-        to.nan_right[i, place] = not tree["default_left"][node]
-    _lay(tree, to, i, left, 2 * place + 1, inner)
-    _lay(tree, to, i, right, 2 * place + 2, inner)
-
-
-@njit(cache=True, nogil=True)
-def _alone(x, feature, cut, nan_right, leaf, group, depth, out):  # type: ignore[no-untyped-def]
-    inner = feature.shape[1]
-    for t in range(len(group)):
-        for r in range(len(x)):
-            node = 0
-            for _ in range(depth):
-                v = x[r, feature[t, node]]
-                right = nan_right[t, node] if v != v else v >= cut[t, node]
-                node = 2 * node + 1 + (1 if right else 0)
-            out[r, group[t]] += leaf[t, node - inner]
-
-
-@njit(cache=True, nogil=True)
-def _together(x, feature, cut, nan_right, leaf, group, depth, out):  # type: ignore[no-untyped-def]
-    """As :func:`_alone`, level by level, so that the rows do not wait for one another."""
-    inner, n = feature.shape[1], len(x)
-    nodes = np.empty(n, np.int64)
-    for t in range(len(group)):
-        for r in range(n):
-            nodes[r] = 0
-        for _ in range(depth):
-            for r in range(n):
-                node = nodes[r]
-                v = x[r, feature[t, node]]
-                nodes[r] = 2 * node + 1 + ((v >= cut[t, node]) | ((v != v) & nan_right[t, node]))
-        g = group[t]
-        for r in range(n):
-            out[r, g] += leaf[t, nodes[r] - inner]
-
-
-@njit(cache=True, nogil=True)
-def walk(x, feature, cut, nan_right, leaf, group, base, out):  # type: ignore[no-untyped-def]
-    """Raw scores `out` (m, G) float32 of rows `x` (m, C) float32; adds tree by tree in XGBoost's order, so the sums are its own."""
-    depth = 0
-    while (1 << depth) - 1 < feature.shape[1]:
-        depth += 1
-    for a in range(0, len(x), TILE):
-        b = min(a + TILE, len(x))
-        for r in range(a, b):
-            out[r] = base
-        if b - a < FEW:
-            _alone(x[a:b], feature, cut, nan_right, leaf, group, depth, out[a:b])
-        else:
-            _together(x[a:b], feature, cut, nan_right, leaf, group, depth, out[a:b])
-
-
-@njit(cache=True, nogil=True)
-def _interpolate(x, xs, ys, n):  # type: ignore[no-untyped-def]
-    if x <= xs[0]:
-        return ys[0]
-    if x >= xs[n - 1]:
-        return ys[n - 1]
-    a, b = 0, n - 1
-    while b - a > 1:
-        c = (a + b) // 2
-        if xs[c] <= x:
-            a = c
-        else:
-            b = c
-    return ys[a] + (ys[b] - ys[a]) * ((x - xs[a]) / (xs[b] - xs[a]))
-
-
-@njit(cache=True, nogil=True)
-def softmax(z, out):  # type: ignore[no-untyped-def]
-    """(m, 3) float32 scores -> (m, 3) float64 probabilities."""
-    for r in range(len(z)):
-        top = max(z[r, 0], max(z[r, 1], z[r, 2]))
-        a, b, c = np.exp(np.float64(z[r, 0] - top)), np.exp(np.float64(z[r, 1] - top)), np.exp(np.float64(z[r, 2] - top))
-        s = a + b + c
-        out[r, 0], out[r, 1], out[r, 2] = a / s, b / s, c / s
 
 
 @njit(cache=True, nogil=True)
@@ -194,12 +67,12 @@ def _votes(z, x, inst, known, xs, ys, n, scale, proba, magnitude):  # type: igno
             softmax(z[r : r + 1, 3 * h : 3 * h + 3], p)
             s = 0.0
             for c in range(3):
-                q = min(max(_interpolate(p[0, c], xs[h, c], ys[h, c], n[h, c]), FLOOR), 1.0 - FLOOR)
+                q = min(max(interpolate(p[0, c], xs[h, c], ys[h, c], n[h, c]), FLOOR), 1.0 - FLOOR)
                 proba[r, h, c] = q
                 s += q
             for c in range(3):
                 proba[r, h, c] /= s
-            magnitude[r, h] = scale[inst[r], h] * _interpolate(1.0 - p[0, 1], xs[h, 3], ys[h, 3], n[h, 3])
+            magnitude[r, h] = scale[inst[r], h] * interpolate(1.0 - p[0, 1], xs[h, 3], ys[h, 3], n[h, 3])
 
 
 class Fusion:
@@ -211,15 +84,19 @@ class Fusion:
     """
 
     name = "fusion"
-    alternative: ClassVar[altdata.Table | None] = None
 
     def __init__(
         self, names: tuple[str, ...], columns: tuple[str, ...], models: dict[int, dict[str, Any]], knots: tuple[F64, F64, I64], scale: F64,
-        ids: tuple[str, ...] = (), table: altdata.Table | None = None, shap: tuple[F64, I64] | None = None,
+        ids: tuple[str, ...] = (), known: Lookup | None = None, shap: tuple[F64, I64] | None = None,
     ) -> None:  # fmt: skip
-        self.ids, self.table = ids, table if table is not None else self.alternative
+        self.ids = ids
         self.shap, self.slices = shap or (np.zeros((SLICES, len(columns), H)), np.zeros(SLICES + 1, np.int64))
-        self._joined = ALTERNATIVE[0] in columns
+        bare = [c.removesuffix(AGE) for c in columns]
+        self.alternative = np.array([k for k, c in enumerate(ALTERNATIVE) if c in bare], np.int64)  # which of the 27
+        at = {ALTERNATIVE[k]: j for j, k in enumerate(self.alternative)}
+        joined = [(i, at[b], b != c) for i, (b, c) in enumerate(zip(bare, columns)) if b in at]
+        self._values, self._ages = (np.array([j[:2] for j in joined if j[2] == age], np.int64).reshape(-1, 2).T for age in (False, True))
+        self.join(known)
         self.columns, self.models, self.knots, self.scale = columns, models, knots, scale
         place = {name: i for i, name in enumerate(names)}
         self._index = np.array([place.get(c, len(names)) for c in columns[:-1]], np.int64)
@@ -237,12 +114,17 @@ class Fusion:
         import xgboost  # heavy, and only fitting needs it
         from sklearn.isotonic import IsotonicRegression
 
-        config = config or Config()
-        known = config.alternative if config.alternative is not None else cls.alternative
-        columns = (*study.inputs, *(ALTERNATIVE if known is not None else ()), "instrument")
-        ids = tuple(i.id for i in study.instruments)
-        me = cls(study.names, columns, {}, _plain_knots(), np.ones((len(study.instruments), H)), ids, known)
-        table = study.table
+        config, known, table = config or Config(), study.altdata, study.table
+        columns = (*study.inputs, *ALTERNATIVE, *(c + AGE for c in ALTERNATIVE), "instrument")
+        ids, scale = tuple(i.id for i in study.instruments), np.ones((len(study.instruments), H))
+        me = cls(study.names, columns, {}, _plain_knots(), scale, ids, known)
+        rows = np.flatnonzero((table.ts >= study.split.start) & (table.ts < study.split.calibrate))
+        rows = rows[:: max(1, -(-len(rows) // config.max_rows))]
+        moves = travels(me.inputs(table.rows[rows], table.instrument[rows], table.ts[rows])[:, :-1], table.instrument[rows], len(ids))
+        learnable = (moves.mean(axis=0) >= TRAVELS) & (moves.sum(axis=0) >= LEAST_TRAVELS)
+        good = {c for c, use in zip(columns, learnable) if use}
+        columns = (*([c for c in columns if c in good and c.removesuffix(AGE) in good] or study.inputs), "instrument")
+        me = cls(study.names, columns, {}, _plain_knots(), scale, ids, known)
         curves: dict[tuple[int, int], tuple[F64, F64]] = {}
         rows_of: dict[int, I64] = {}
         for h in study.usable:
@@ -282,13 +164,14 @@ class Fusion:
             y, later = study.classes(h), study.calibration_rows(h)
             if len(later) < LEAST_CALIBRATION:
                 continue
-            raw, n = np.empty((len(later), 3)), study.independent(later, h)
+            raw = np.empty((len(later), 3))
             softmax(raised.scores(table.rows[later], table.instrument[later], table.ts[later])[:, 3 * h : 3 * h + 3], raw)
+            blend = _blend(raw, y[later], table.ts[later], table.known_at[later, h])
             iso = IsotonicRegression(out_of_bounds="clip")
             for c in range(3):
                 iso.fit(raw[:, c], y[later] == c)
                 xs = iso.X_thresholds_.astype(np.float64)
-                curves[h, c] = xs, (n * iso.y_thresholds_ + config.identity * xs) / (n + config.identity)
+                curves[h, c] = xs, blend * iso.y_thresholds_ + (1 - blend) * xs
             iso.fit(1 - raw[:, 1], np.abs(table.move[later, h]) / me.scale[table.instrument[later], h])
             curves[h, 3] = iso.X_thresholds_.astype(np.float64), iso.y_thresholds_.astype(np.float64)
         return cls(study.names, columns, models, _pack(curves), me.scale, ids, known, raised._explain(study))
@@ -319,14 +202,11 @@ class Fusion:
         """
         x = np.full((len(rows), len(self.columns)), np.nan, np.float32)
         there = self._index < rows.shape[1]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # beyond float32 becomes infinite, then NaN
+        with np.errstate(over="ignore"):  # beyond float32 becomes infinite, then NaN
             x[:, :-1][:, there] = rows[:, self._index[there]]
-        if self._joined and self.table is not None and ts is not None:
-            first = self.columns.index(ALTERNATIVE[0])
-            for k in np.unique(instrument):
-                mine = np.flatnonzero(instrument == k)
-                x[mine, first : first + len(ALTERNATIVE)] = np.concatenate(altdata.asof(self.table, self.ids[k], ts[mine]), axis=1)
+        if self.known is not None and ts is not None:
+            for found, (place, which) in zip(self.known.at(instrument, ts, self.alternative), (self._values, self._ages)):
+                x[:, place] = found[:, which]
         x[np.isinf(x)] = np.nan
         x[:, -1] = instrument
         return x
@@ -336,6 +216,12 @@ class Fusion:
         out = np.empty((len(rows), 3 * H), np.float32)
         walk(self.inputs(rows, instrument, ts), *self.trees, out)
         return out
+
+    def join(self, known: Lookup | None) -> None:
+        """Look alternative data up in `known` from now on; None: they are missing."""
+        if known is not None and known.ids != self.ids:
+            known = known.of(self.ids)
+        self.known = known if len(self.alternative) else None
 
     def new_state(self) -> None:
         """Each decision stands alone: nothing is carried."""
@@ -362,14 +248,36 @@ class Fusion:
         gain /= np.maximum(gain.sum(axis=0), 1e-300)
         return {name: [round(float(g), 6) for g in gain[i]] for i, name in enumerate(self.columns)}
 
-    def leading(self, n: int = 5) -> list[str]:
-        """Each horizon's `n` leading columns, in words: share of the gain, and share of SHAP in each slice of time."""
-        gain, out = self.importance(), []
+    def shares(self, least: int = 8) -> dict[str, list[dict[str, Any]]]:
+        """Per horizon, by mean |SHAP|: the leading columns and all alternative data, with their share of the gain and, over time, of SHAP.
+
+        A column of alternative data stands for its value and its age.
+        """
+        gain, out = np.array(list(self.importance().values())), {}
         for h in sorted(self.models):
-            top = np.argsort(-self.shap[:, :, h].mean(axis=0), kind="stable")[:n]
-            told = (f"{c} {gain[c][h]:.0%} ({' '.join(f'{v:.0%}' for v in self.shap[:, i, h])})" for i in top for c in (self.columns[i],))
-            out.append(f"{LABELS[h]}: {', '.join(told)}")
+            g, s = gain[:, h].copy(), self.shap[:, :, h].copy()
+            for age, which in self._ages.T:
+                for value in self._values[0, self._values[1] == which]:
+                    g[value], s[:, value] = g[value] + g[age], s[:, value] + s[:, age]
+                    g[age] = -1.0
+            order = [int(c) for c in np.argsort(-s.mean(axis=0), kind="stable") if g[c] >= 0]
+            kept = [c for k, c in enumerate(order) if k < least or self.columns[c].removesuffix(AGE) in ALTERNATIVE]
+            out[LABELS[h]] = [{"column": self.columns[c], "gain": float(g[c]), "shap": s[:, c].tolist()} for c in kept]
         return out
+
+    def leading(self, n: int = 5) -> list[str]:
+        """Each horizon's `n` leading columns and all alternative data, in words: share of the gain, and of SHAP in each slice of time."""
+        out = []
+        for label, columns in self.shares(n).items():
+            told = [f"{c['column']} {c['gain']:.0%} ({' '.join(f'{v:.0%}' for v in c['shap'])})" for c in columns]
+            out.append(f"{label}: {', '.join(told)}")
+        return out
+
+    def report(self) -> list[str]:
+        """What the trees look at, in words, and which alternative data they use."""
+        used = [c.removeprefix("alt_") for c in self.columns if c in ALTERNATIVE]
+        head = f"looks at (share of the gain; share of SHAP in {SLICES} slices of the training range)"
+        return [head, *self.leading(), f"{len(used)} of the {len(ALTERNATIVE)} alternative features{': ' * bool(used)}{', '.join(used)}"]
 
     def save(self, folder: Path) -> None:
         for h, model in self.models.items():
@@ -388,6 +296,40 @@ class Fusion:
             columns = tuple(str(c) for c in z["columns"])
             ids, shap = tuple(str(i) for i in z["ids"]), (z["shap"], z["slices"])
             return cls(names, columns, models, (z["xs"], z["ys"], z["n"]), z["scale"], ids, shap=shap)
+
+
+def travels(x: NDArray[np.floating[Any]], instrument: I64, instruments: int) -> I64:
+    """How often each column of `x` (m, C), in order of time, went from its lower to its upper quartile or back, by instrument (I, C).
+
+    Missing values are passed over. Where both quartiles are the same value, from it or below to above it, or back.
+    """
+    out = np.zeros((instruments, x.shape[1]), np.int64)
+    for k in range(instruments):
+        mine = x[instrument == k]
+        for c in range(x.shape[1]):
+            v = mine[:, c][np.isfinite(mine[:, c])]
+            if len(v) > 1:
+                low, high = np.quantile(v, (0.25, 0.75))
+                side = np.where(v >= high, 1, np.where(v <= low, -1, 0)) if high > low else np.where(v > high, 1, -1)
+                out[k, c] = np.count_nonzero(np.diff(side[side != 0]))
+    return out
+
+
+def _blend(raw: F64, y: NDArray[np.int8], ts: I64, known_at: I64) -> float:
+    """The share of the isotonic curves that serves best where they were not fitted: each part of the slice by those of the others."""
+    from sklearn.isotonic import IsotonicRegression
+
+    loss = np.zeros(len(BLENDS))
+    for part in np.array_split(np.arange(len(y)), PARTS):
+        others = (known_at <= ts[part[0]]) | (ts >= known_at[part].max())
+        if len(part) < LEAST_CALIBRATION // PARTS or np.count_nonzero(others) < LEAST_CALIBRATION:
+            return 0.0
+        iso = IsotonicRegression(out_of_bounds="clip")
+        curve = np.stack([iso.fit(raw[others, c], y[others] == c).predict(raw[part, c]) for c in range(3)], axis=1)
+        for b, share in enumerate(BLENDS):
+            p = np.clip(share * curve + (1 - share) * raw[part], FLOOR, 1 - FLOOR)
+            loss[b] -= np.log(p[np.arange(len(part)), y[part]] / p.sum(axis=1)).sum()
+    return BLENDS[int(np.argmin(loss))]
 
 
 def _plain_knots() -> tuple[F64, F64, I64]:

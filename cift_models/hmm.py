@@ -2,7 +2,8 @@
 
 Takes blocks of the stream; gives, at every batch close, the probability of each regime given the seconds that have ended (Hamilton 1989;
 Rabiner 1989, eqs. 19-20), votes by P(move class | regime), and a position scale. hmmlearn fits; the causal filter is ours, in numba, one
-step a second. Viterbi and forward-backward look ahead: they are for the past only and feed no model. `hmm_online.py` learns on.
+step a second. Viterbi and forward-backward look ahead: they are for the past only and feed no model. `hmm_online.py` learns on;
+the member does not use it, for it follows the measures better but votes no better (docs/measurements.md).
 """
 
 from __future__ import annotations
@@ -514,6 +515,17 @@ class Hmm:
     def regimes(self, state: State) -> F64:
         """(m, K) P(regime) at the closes of the block predicted last, NaN where unknown."""
         return state.newest[0]
+
+    def report(self) -> list[str]:
+        """The regimes in words: mean measures in standard deviations, and how likely a second is followed by another of the same."""
+        n = len(self.chain.start) // K
+        lines = []
+        for r, name in enumerate(REGIMES):
+            own = slice(r * n, (r + 1) * n)
+            means = self.chain.mean[own].mean(axis=0)
+            stays = float(self.chain.moves[own, own].sum(axis=1).mean())
+            lines.append(f"{name}: " + ", ".join(f"{m} {v:+.2f}" for m, v in zip(MEASURES, means)) + f"; stays {stays:.3f}")
+        return lines
 
     def save(self, folder: Path) -> None:
         chain = self.chain._asdict()

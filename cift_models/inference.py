@@ -19,10 +19,13 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from catalog import altdata
+from catalog.asof import Lookup, lookup
 from catalog.errors import InputError
 from catalog.events import Instrument
 from cift_models import artifacts
 from cift_models.ensemble import MEMBERS, Ensemble, Learned, Member, Recommendation, member_class, recommend, roster
+from cift_models.gpu import Device, device_named
 from cift_models.labels import F64, I8, I64, H, Labeller
 from cift_models.windows import HORIZONS_NS, Block
 
@@ -82,14 +85,16 @@ class Engine:
 
     Parameters: `instruments` of the stream, in the order in which events index them; `trained` of the models; `names` of the feature
     columns; `members` as fitted; decisions before `learn_from` (ns), voted on in sample, teach the weights nothing. `budget_ns`: wall
-    time that a member may take for a block; who takes longer abstains from it (`late` counts the decisions). Only for live use, with blocks
-    of one batch: None, as in backtests, lets every member finish, so that the same stream gives the same decisions.
+    time that a member may take for each batch of a block; who takes longer abstains from the block (`late` counts the decisions). Only for
+    live use: None, as in backtests, lets every member finish, so that the same stream gives the same decisions. A block may hold several
+    batches of several instruments, as where serving has fallen behind: the decisions are those of one batch after the other. `device`:
+    "cpu" or "cuda" for the members that can be served there.
     """
 
     def __init__(
         self, instruments: Sequence[Instrument], trained: Sequence[str], names: Sequence[str], members: Sequence[Member],
         ensemble: Ensemble, model_version: str = "", latency: Latency = DEFAULT_LATENCY, learn_from: int = 0,
-        budget_ns: int | None = None,
+        budget_ns: int | None = None, device: str = "cpu",
     ) -> None:  # fmt: skip
         if budget_ns is not None and budget_ns <= 0:
             raise InputError(f"a budget of {budget_ns} ns lets no member vote: give a positive time, or None for no limit")
@@ -108,7 +113,11 @@ class Engine:
         self._table = [next((i for i in instruments if i.id == id_), _absent(id_)) for id_ in trained]
         self.failures: dict[str, int] = {m.name: 0 for m in members}
         self.late: dict[str, int] = {m.name: 0 for m in members}
-        self.budget_ns, self._own = budget_ns, tuple[str, ...]()
+        self.budget_ns, self._own, self.device = budget_ns, tuple[str, ...](), device
+        for member in members:
+            if hasattr(member, "to"):
+                member.to(device)
+        self.altdata: Lookup | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -116,6 +125,16 @@ class Engine:
         self._states: dict[str, Any] = {m.name: m.new_state() for _, m in self._present}
         self._labeller = Labeller(self._table, HORIZONS_NS, ())
         self.learned: Learned = self.ensemble.new_state()
+
+    def tell(self, data: altdata.Table) -> None:
+        """Alternative data for the members that look at them: all of it at first, then what became known since."""
+        if self.altdata is None:
+            self.altdata = lookup(data, [i.id for i in self._table])
+            for _, member in self._present:
+                if hasattr(member, "join"):
+                    member.join(self.altdata)
+        else:
+            self.altdata.push(data)
 
     def state(self) -> Any:
         """A copy of what the stream has left behind; :meth:`resume` takes it."""
@@ -126,12 +145,14 @@ class Engine:
 
     @classmethod
     def load(
-        cls, path: str | Path, instruments: Sequence[Instrument], own: Sequence[str] = (), budget_ns: int | None = None
+        cls, path: str | Path, instruments: Sequence[Instrument], own: Sequence[str] = (), budget_ns: int | None = None,
+        device: Device = "cpu",
     ) -> Self:  # fmt: skip
-        """The engine of an artifact folder; `own`: import paths of the user's own members that it holds.
+        """The engine of an artifact folder; `own`: import paths of the user's own members that it holds; `device` auto: a GPU if there is.
 
-        Raises InputError for a damaged or foreign artifact, for instruments it was not trained on, and for a member that is not named in
-        `own`: an artifact never decides what code is imported. Decisions within the training range teach its weights nothing more.
+        Raises InputError for a damaged or foreign artifact, for instruments it was not trained on, for a GPU that is not there, and for a
+        member that is not named in `own`: an artifact never decides what code is imported. Decisions within the training range teach its
+        weights nothing more.
         """
         from cift_models.features import NAMES
 
@@ -144,7 +165,8 @@ class Engine:
             members.append(member_class(where).load(found.path, NAMES))
         latency = Latency(m["latency"]["source"], tuple(m["latency"]["q"]), tuple(m["latency"]["ns"]))
         since = int(m["range"]["end"]) + 1
-        me = cls(instruments, m["instruments"], NAMES, members, Ensemble.load(found.path), found.version, latency, since, budget_ns)
+        ensemble, on = Ensemble.load(found.path), device_named(device)
+        me = cls(instruments, m["instruments"], NAMES, members, ensemble, found.version, latency, since, budget_ns, on)
         me._own = tuple(own)
         return me
 
@@ -156,7 +178,9 @@ class Engine:
         there and its memory has the same shape; else it begins anew and abstains as at a start. The labels under way and the
         ensemble's record of open decisions are kept where instruments and members agree; weights are the new artifact's. Counts go on.
         """
-        new = type(self).load(path, self.instruments, self._own, self.budget_ns)
+        new = type(self).load(path, self.instruments, self._own, self.budget_ns, "cuda" if self.device == "cuda" else "cpu")
+        if self.altdata is not None:
+            new.tell(self.altdata.data)
         old, told = dict(self._named()), {}
         for name, member in new._named():
             state, fits = self._states.get(name), new._trained == self._trained and bool((new._map == self._map).all())
@@ -169,12 +193,15 @@ class Engine:
             if new.members == self.members:
                 new.learned.serial, new.learned.ring = self.learned.serial, self.learned.ring
             else:
-                new.learned.serial, new.learned.ring = self.learned.serial, new.ensemble._ring(self.learned.ring[2].shape[1])
-                new.learned.ring[1][:] = np.nan  # decisions of the former members teach nothing
+                new.learned.serial, new.learned.ring = self.learned.serial, new.ensemble._ring(self.learned.ring[1].shape[1])
         for counts, before in ((new.failures, self.failures), (new.late, self.late)):
             counts |= {name: before.get(name, 0) for name in counts}
         self.__dict__.update(new.__dict__)
         return told
+
+    def leave_out(self, names: Sequence[str]) -> None:
+        """The members of these names abstain from now on."""
+        self._present = [(i, m) for i, m in self._present if m.name not in names]
 
     def _named(self) -> list[tuple[str, Member]]:
         return [(m.name, m) for _, m in self._present]
@@ -217,9 +244,9 @@ class Engine:
             self._fail(member.name, max(1, m), repr(e))
             return None
         took = time.perf_counter_ns() - began
-        if self.budget_ns is not None and took > self.budget_ns:
+        if self.budget_ns is not None and took > self.budget_ns * max(1, m):
             if not self.late[member.name]:
-                why = f"{took / 1e6:.1f} ms for a batch, {self.budget_ns / 1e6:.1f} are allowed"
+                why = f"{took / 1e6 / max(1, m):.1f} ms for a batch, {self.budget_ns / 1e6:.1f} are allowed"
                 LOG.warning("%s abstains: %s (said once; counted in Engine.late)", member.name, why)
             self.late[member.name] += m
             return None
@@ -238,6 +265,10 @@ class Engine:
         """What to do about decision `i` at this spread and cost (ticks); see :func:`ensemble.recommend`."""
         p = predictions
         return recommend(p.proba[i], p.magnitude[i], p.direction[i], int(p.regime[i]), spread, cost, self.ensemble.config)
+
+    def importance(self) -> dict[str, Any]:
+        """What the members that can say so look at: name -> horizon -> columns, see :meth:`cift_models.fusion.Fusion.shares`."""
+        return {m.name: m.shares() for _, m in self._present if hasattr(m, "shares")}
 
     def regret(self) -> dict[str, Any]:
         """Cumulative regret and its bound since the artifact's weights; see :meth:`Ensemble.regret`."""

@@ -1,60 +1,69 @@
 """From a stream of events to an artifact folder: features, labels, members, calibration, weights, scores.
 
 Takes a catalog (or any source of EVENT blocks that can be read more than once), reads it in bounded memory, and gives the path of the
-artifact. One fold in time: members fit on the first part, calibrate on the next, the ensemble learns weights and confidence on the last,
-each purged by the time at which its labels are known. Several folds walk forward; the last one is kept. Too little data leaves out
-horizons and members, and says so; where nothing remains, an InputError says how much is needed.
+artifact. Folds walk forward: in each, members fit on the first part, calibrate on the next, the ensemble learns weights and confidence on
+the last, each purged by the time at which its labels are known; what follows the fold scores it. The last fold, which has all of the
+data, is kept. What depends on chance is fitted with several seeds: the artifact holds the seed whose ensemble came out in the middle, and
+its manifest tells the spread. Too little data leaves out horizons and members, and says so; where nothing remains, an InputError says
+how much is needed. Training a catalog that is cut short leaves its finished steps beside `out`; the same call goes on from there.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
+import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from catalog.altdata import Table as AltData
+from catalog.asof import Lookup, lookup
 from catalog.errors import InputError
 from catalog.events import Instrument, catalog_counts, catalog_range, read_catalog
 from catalog.progress import Steps
-from cift_models import artifacts
-from cift_models.ensemble import (
-    Ensemble,
-    Learned,
-    Member,
-    available,
-    confidence_threshold,
-    expected_move,
-    learning_rates,
-    member_class,
-    roster,
-    trust_in,
-)
+from cift_models import artifacts, settings
+from cift_models.baselines import Baselines, level1_columns
+from cift_models.ensemble import Config as EnsembleConfig
+from cift_models.ensemble import Ensemble, Member, available, learning_rates, member_class
 from cift_models.inference import DEFAULT_LATENCY, Engine, Latency, measure_latency, stream
-from cift_models.labels import LABELS, H, Labeller, Split, Study, Table, Thinned, Thresholds, effective, fit_thresholds, walk_forward
-from cift_models.validate import Baselines, Sample, evaluate, level1_columns
+from cift_models.labels import LABELS, H, Labeller, Split, Study, Table, Thinned, fit_thresholds, walk_forward
+from cift_models.scorecard import plain
+from cift_models.validate import evaluate
+from cift_models.weigh import Source, Weighed, one_thread, pooled_losses, weigh
 from cift_models.windows import HORIZONS_NS
+from cift_models.work import Work, code_key, data_key, pack, unfinished, unpack
 
 Events = NDArray[np.void]
-Source = Callable[[], tuple[list[Instrument], Iterable[Events]]]
 LEAST_EFFECTIVE: Final = 30  # independent labels of all instruments together that a horizon needs in the fit slice
 LEAST_ROWS: Final = 200
-WARM_NS: Final = 20 * 60 * 1_000_000_000
 LEAST_DECISIONS: Final = 1_000
+TOLD, REFUSED = "told.json", "left-out.txt"
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """`cap`: decision rows held for fitting, thinned evenly beyond. `shares`: of fit, calibration and weight slice."""
+    """`cap`: decision rows held for fitting, thinned evenly beyond. `shares`: of fit, calibration and weight slice. `embargo_ns`: so long
+    before the next slice labels must be known. `seeds`: so many from `seed` on, of all members that depend on one."""
 
     cap: int = 200_000
     shares: tuple[float, float, float] = (0.6, 0.2, 0.2)
     embargo_ns: int = 0
     folds: int = 1
+    seeds: int = 1
     measure_latency: bool = False
+
+    def __post_init__(self) -> None:
+        if not (all(s > 0 for s in self.shares) and abs(sum(self.shares) - 1) < 1e-9):
+            raise InputError(f"shares {list(self.shares)}: three positive numbers that add up to 1 are needed")
+        if min(self.cap, self.folds, self.seeds) < 1 or self.embargo_ns < 0:
+            raise InputError("cap, folds and seeds begin at 1, embargo_ns at 0")
 
 
 class Gathered(NamedTuple):
@@ -72,12 +81,16 @@ def catalog_source(root: str | Path, ids: Sequence[str] | None = None, start: in
     return lambda: read_catalog(root, ids, start, end)
 
 
-def gather(source: Source, members: dict[str, str], cap: int, total: int = 0) -> Gathered:
+def gather(source: Source, members: Mapping[str, str], cap: int, total: int = 0, configs: Mapping[str, Any] | None = None) -> Gathered:
     """One pass: features, labels and what members gather themselves; memory bounded by `cap` decision rows."""
     from cift_models.features import NAMES
 
     instruments, chunks = source()
-    own = {name: member_class(path).gatherer(instruments, NAMES) for name, path in members.items()}
+    own = {}
+    for name, path in members.items():
+        make = member_class(path).gatherer
+        told = {"config": configs[name]} if configs and name in configs and settings.takes_config(make) else {}
+        own[name] = make(instruments, NAMES, **told)
     labeller = Labeller(instruments)
     held = Thinned(len(instruments), len(LABELS), cap, rows=((len(NAMES),), np.float32), spread=((), np.float64))
     mid, spread = NAMES.index("mid"), NAMES.index("spread")
@@ -95,7 +108,7 @@ def gather(source: Source, members: dict[str, str], cap: int, total: int = 0) ->
     return Gathered(tuple(instruments), NAMES, Table(*(z[f] for f in Table._fields)), own, held.step)
 
 
-def study(gathered: Gathered, split: Split, seed: int) -> tuple[Study, list[str]]:
+def study(gathered: Gathered, split: Split, seed: int, altdata: Lookup | None = None) -> tuple[Study, list[str]]:
     """Thresholds of the fit slice and the horizons that can be learnt; and what was left out, in words."""
     from cift_models.features import FEATURES
 
@@ -104,7 +117,7 @@ def study(gathered: Gathered, split: Split, seed: int) -> tuple[Study, list[str]
     in_fit = (table.ts >= split.start) & (table.ts < split.calibrate)
     known = Table(*table)._replace(move=np.where(table.known_at <= split.calibrate, table.move, np.nan))
     thresholds = fit_thresholds(known, len(gathered.instruments), in_fit)
-    all_ = Study(gathered.instruments, gathered.names, inputs, table, split, thresholds, tuple(range(H)), seed)
+    all_ = Study(gathered.instruments, gathered.names, inputs, table, split, thresholds, tuple(range(H)), seed, altdata)
     usable = []
     for h in range(H):
         rows = all_.fit_rows(h)
@@ -121,120 +134,240 @@ def study(gathered: Gathered, split: Split, seed: int) -> tuple[Study, list[str]
     return all_._replace(usable=tuple(usable)), left
 
 
-def fit_members(what: Study, gathered: Gathered, members: dict[str, str]) -> tuple[list[Member], list[str]]:
-    """Fit each; a member that cannot learn from so little is left out, and why is told."""
-    fitted: list[Member] = []
-    left: list[str] = []
-    for name, path in members.items():
-        with Steps(f"fit {name}"):
-            try:
-                fitted.append(member_class(path).fit(what, gathered.own[name]))
-            except InputError as e:
-                left.append(f"member {name}: {e}")
-    return fitted, left
-
-
-def weigh(
-    source: Source, gathered: Gathered, members: Sequence[Member], split: Split, thresholds: Thresholds, total: int = 0
-) -> tuple[Ensemble, Learned, dict[str, NDArray[Any]]]:
-    """Second pass: the engine runs up to the end of the range; weights learn, and confidence is chosen, on the weight slice alone.
-
-    It starts :data:`WARM_NS` before that slice: what members carry along a stream reaches no further back.
-
-    Returns the ensemble with what it learnt, the account of its learning, and the sample of the weight slice.
-    """
-    table, ids = gathered.table, [i.id for i in gathered.instruments]
-    names = roster([m.name for m in members])
-    eta = learning_rates(table.ts, table.instrument, HORIZONS_NS, gathered.step)
-    threshold = np.ascontiguousarray(thresholds.balanced[:, :H])
-    even = Ensemble.even(names, threshold, eta)
-    engine = Engine(gathered.instruments, ids, gathered.names, members, even, learn_from=split.weigh)
-    sample = Sample(gathered.instruments, gathered.names, len(names), since=split.weigh)
-    instruments, chunks = source()
-    with Steps("weights", total, "events") as steps:
-        for block in stream(instruments, chunks):
-            if len(block.events) and block.events["ts_init"][0] >= split.end:
-                break
-            if len(block.events) and block.events["ts_init"][-1] >= split.weigh - WARM_NS:
-                sample.push(block, engine.predict(block))
-            steps.advance(len(block.events))
-    got = sample.finish()
-    within = (got["ts"] < split.end)[:, None] & (got["known_at"] <= split.end)
-    move = np.where(within, got["move"], np.nan)
-    confident = np.array(
-        [confidence_threshold(got["proba"][:, h].astype(np.float64), move[:, h], got["spread"], even.config.least_cover) for h in range(H)]
-    )
-    expected = expected_move(got["proba"].astype(np.float64), got["magnitude"].astype(np.float64))
-    worth = [
-        sum(
-            effective(got["ts"][mine], got["known_at"][mine, h])
-            for k in range(len(ids))
-            if len(mine := np.flatnonzero(np.isfinite(move[:, h]) & (got["instrument"] == k)))
-        )
-        for h in range(H)
-    ]
-    trust = np.array([trust_in(expected[:, h], move[:, h], worth[h]) for h in range(H)])
-    learnt = Ensemble(names, threshold, engine.learned.weights.copy(), confident, eta, even.config, trust)
-    return learnt, engine.learned, got
-
-
 def train(
     source: str | Path | Source, instrument_ids: Sequence[str] | None = None, start: int | None = None, end: int | None = None,
     out: str | Path = "artifact", seed: int = 0, members: Sequence[str] | None = None, own: Sequence[str] = (),
-    config: Config | None = None,
+    config: Config | None = None, altdata: AltData | None = None, tables: settings.Tables | None = None,
 ) -> Path:  # fmt: skip
     """Train on a catalog folder (or a :data:`Source`) and write the artifact `out`; returns its path.
 
     `start`, `end`: ns UTC, both inclusive. `members`: names among ensemble.MEMBERS (None: all there are); `own`: import paths
-    "package.module:Class" of the user's. The same source, seed and settings give the same artifact. Interrupted, it leaves nothing behind.
+    "package.module:Class" of the user's. `altdata`: alternative data for the members that look at them. `tables`: what is set of members
+    and of the ensemble, by name (:mod:`settings`). The same source, seed and settings give the same artifact, to the last byte. Training
+    on a catalog folder may be killed at any moment: called again it goes on (:mod:`work`). A Source leaves nothing behind.
     Raises InputError for wrong input, and where the range is too short for any member at any horizon.
     """
-    config, out = config or Config(), Path(out)
+    config, out, tables = config or Config(), Path(out), dict(tables or {})
     artifacts.writable(out)
     chosen = choose(members, own)
-    total = 0
+    mixing = settings.checked(EnsembleConfig, tables.pop("ensemble", {}), "[ensemble]")
+    configs = settings.of_members(tables, chosen)
+    total, key = 0, None
     if not callable(source):
-        total = events_in(source, instrument_ids, start, end)
+        total, root = events_in(source, instrument_ids, start, end), Path(source)
+        told = {name: settings.plain(c) for name, c in {"train": config, "ensemble": mixing, **configs}.items()}
+        command = {
+            "catalog": str(root.resolve()), "symbols": list(instrument_ids or []), "start": start, "end": end, "seed": seed,
+            "members": chosen, **told,
+        }  # fmt: skip
+        data = data_key(root) | {"altdata": _digest(altdata)}
+        key = {"command": command, "data": data, "code": code_key(list(chosen.values()))}
         source = catalog_source(source, instrument_ids, start, end)
-    gathered = gather(source, chosen, config.cap, total)
-    table = gathered.table
-    if len(table.ts) < LEAST_DECISIONS:
-        raise InputError(
-            f"{len(table.ts)} decisions in the training range, {LEAST_DECISIONS} are needed (a decision is 100 events or 10 ms of an "
-            "instrument): give a longer range"
-        )
-    folds: list[dict[str, Any]] = []
-    for split in walk_forward(table.ts, config.folds, config.shares, config.embargo_ns):
-        what, left = study(gathered, split, seed)
-        if not what.usable:
+    known = lookup(altdata, [i.id for i in source()[0]]) if altdata is not None else None
+    with unfinished(out, key) as work, one_thread():
+        gathered = _gathered(work, source, chosen, config, configs, total, keep=key is not None)
+        table = gathered.table
+        if len(table.ts) < LEAST_DECISIONS:
+            raise InputError(
+                f"{len(table.ts)} decisions in the training range, {LEAST_DECISIONS} are needed (a decision is 100 events or 10 ms of an "
+                "instrument): give a longer range"
+            )
+        splits = walk_forward(table.ts, config.folds, config.shares, config.embargo_ns)
+        folds: list[dict[str, Any]] = []
+        for f, split in enumerate(splits):
+            last = f == len(splits) - 1
+            upto = split.end if last else splits[f + 1].end
+            fold = _Fold(work, f, source, split, upto, gathered, chosen, config, configs, mixing, known, altdata, total)
+            try:
+                folds.append(fold.run(seed))
+            except InputError as e:
+                if last:
+                    raise
+                folds.append({"split": split._asdict(), "left_out": [str(e)], "scores": None, "after": None, "seeds": None})
+        for line in folds[-1]["left_out"]:
+            print(f"left out: {line}", file=sys.stderr)
+        latency = fold.latency(source, folds[-1]["seeds"]["kept"]) if config.measure_latency else DEFAULT_LATENCY
+        manifest = {
+            "features": list(gathered.names),
+            "instruments": [i.id for i in gathered.instruments],
+            "horizons_ns": list(HORIZONS_NS),
+            "range": {"start": int(table.ts[0]), "end": int(table.ts[-1]), "decisions": len(table.ts)},
+            "seed": seed,
+            "latency": {"source": latency.source, "q": list(latency.q), "ns": list(latency.ns)},
+            "altdata": known.told(splits[-1].start, splits[-1].end) if known is not None else None,
+            "settings": {name: settings.plain(c) for name, c in {"train": config, "ensemble": mixing, **configs}.items()},
+            **folds[-1].pop("artifact"),
+            "folds": [{k: v for k, v in told.items() if k != "artifact"} for told in folds],
+        }
+        with Steps("save"):
+            return artifacts.write(out, manifest, lambda part: fold.copy(part, folds[-1]["seeds"]["kept"])).path
+
+
+def _digest(altdata: AltData | None) -> str | None:
+    if altdata is None:
+        return None
+    columns = (altdata.instrument, altdata.feature, altdata.value, altdata.ts_event, altdata.ts_known)
+    return hashlib.sha256(json.dumps(altdata.names).encode() + b"".join(c.tobytes() for c in columns)).hexdigest()
+
+
+def _gathered(
+    work: Work, source: Source, chosen: Mapping[str, str], config: Config, configs: Mapping[str, Any], total: int, keep: bool
+) -> Gathered:
+    """What :func:`gather` gives, from the work folder where it is there already."""
+    made: list[Gathered] = []
+    modules = [path.partition(":")[0] for path in chosen.values()]
+
+    def make(part: Path) -> None:
+        made.append(gather(source, chosen, config.cap, total, configs))
+        pack(made[0], part, modules)
+
+    if not keep:
+        return gather(source, chosen, config.cap, total, configs)
+    try:
+        place = work.step("gathered", make)
+    except TypeError as e:
+        if not made:
+            raise
+        print(f"what was gathered holds {e} and cannot be kept: interrupted, training begins anew", file=sys.stderr)
+    if made:
+        return made[0]
+    found: Gathered = unpack(place, modules)
+    return found
+
+
+@dataclass(slots=True)
+class _Fold:
+    """One fold: its fits, one folder for each member and seed, then its weights and scores."""
+
+    work: Work
+    number: int
+    source: Source
+    split: Split
+    upto: int
+    gathered: Gathered
+    chosen: Mapping[str, str]
+    config: Config
+    configs: Mapping[str, Any]
+    mixing: EnsembleConfig
+    known: Lookup | None
+    altdata: AltData | None
+    total: int
+    fits: dict[str, list[Path]] = field(default_factory=dict)  # by member, a folder for each seed
+
+    def run(self, seed: int) -> dict[str, Any]:
+        """What the manifest tells of this fold, with "artifact" as what it tells of the models. Raises InputError for too little data."""
+        what, left = study(self.gathered, self.split, seed, self.known)
+        seeds = list(range(seed, seed + self.config.seeds))
+        if what.usable:
+            for name in self.chosen:
+                made = [self._fit(what, name, s) for s in (seeds if self._seeded(name) else seeds[:1])]
+                if refused := [p for p in made if (p / REFUSED).is_file()]:
+                    left.append(f"member {name}: {(refused[0] / REFUSED).read_text()}")
+                else:
+                    self.fits[name] = made
+        if not self.fits:
             raise InputError("too little data to train on: " + "; ".join(left) + ": give a longer range")
-        fitted, left_members = fit_members(what, gathered, chosen)
-        left += left_members
-        if not fitted:
-            raise InputError("too little data to train on: " + "; ".join(left) + ": give a longer range")
-        ensemble, learned, sample = weigh(source, gathered, fitted, split, what.thresholds, total)
-        baselines = Baselines.fit(what, level1_columns())
-        scores = evaluate(_before(sample, split.end), ensemble.threshold, [i.id for i in gathered.instruments], ensemble.names, seed=seed)
-        folds.append({"split": split._asdict(), "left_out": left, "scores": scores})
-    for line in left:
-        print(f"left out: {line}", file=sys.stderr)
-    latency = DEFAULT_LATENCY
-    if config.measure_latency:
-        ids = [i.id for i in gathered.instruments]
-        engine = Engine(gathered.instruments, ids, gathered.names, fitted, ensemble)
+        place = self.work.step(f"fold-{self.number}-weighed", lambda part: self._weigh(part, what, seeds, left))
+        found: dict[str, Any] = json.loads((place / TOLD).read_text())
+        return found
+
+    def _seeded(self, name: str) -> bool:
+        return getattr(member_class(self.chosen[name]), "seeded", True)
+
+    def _fit(self, what: Study, name: str, seed: int) -> Path:
+        cls, step = member_class(self.chosen[name]), self._step(name, seed)
+        opened = self.work.folder / f"{step}.open"  # what a fit keeps for itself while it runs
+
+        def make(part: Path) -> None:
+            told = {}
+            if (config := self.configs.get(name)) is not None:
+                if "checkpoint" in getattr(config, "__dataclass_fields__", {}):
+                    config = dataclasses.replace(config, checkpoint=opened)
+                told = {"config": config}
+            with Steps(f"fit {name}" + (f", seed {seed}" if self.config.seeds > 1 else "") + self._where()):
+                try:
+                    cls.fit(what._replace(seed=seed), self.gathered.own[name], **told).save(part)
+                except InputError as e:
+                    (part / REFUSED).write_text(str(e))
+
+        place = self.work.step(step, make)
+        shutil.rmtree(opened, ignore_errors=True)
+        return place
+
+    def _step(self, name: str, seed: int) -> str:
+        return f"fold-{self.number}-{name}-seed-{seed}"
+
+    def _where(self) -> str:
+        return f", fold {self.number + 1} of {self.config.folds}" if self.config.folds > 1 else ""
+
+    def _load(self, name: str, place: Path) -> Member:
+        return member_class(self.chosen[name]).load(place, self.gathered.names)
+
+    def _weigh(self, part: Path, what: Study, seeds: list[int], left: list[str]) -> None:
+        """Weights and scores of every seed; the ensemble of the one in the middle, the baselines and the thresholds into `part`."""
+        g, split, ids = self.gathered, self.split, [i.id for i in self.gathered.instruments]
+        loaded = {name: [self._load(name, p) for p in places] for name, places in self.fits.items()}
+        sets = [[m[i % len(m)] for m in loaded.values()] for i in range(len(seeds))]
+        threshold = np.ascontiguousarray(what.thresholds.balanced[:, :H])
+        eta, columns = learning_rates(g.table.ts, g.table.instrument, HORIZONS_NS, g.step), level1_columns()
+        found = weigh(
+            self.source, ids, g.names, sets, split, threshold, eta, self.mixing, self.upto, columns, self.altdata, self.total
+        )  # fmt: skip
+        baselines = Baselines.fit(what, columns)
+        spread = [pooled_losses(_before(w.sample, split.end), threshold, w.ensemble.names, what.usable) for w in found]
+        rank = [np.mean([spread[i][h]["ensemble"] for h in spread[i]]) if spread[i] else np.inf for i in range(len(seeds))]
+        middle = int(np.argsort(rank, kind="stable")[len(seeds) // 2])
+        kept: Weighed = found[middle]
+        names, s = kept.ensemble.names, seeds[middle]
+        after, later = None, None
+        if kept.after is not None and len(kept.after["ts"]):
+            after = evaluate(kept.after, threshold, ids, names, baselines, s)
+            later = _by_seed([pooled_losses(w.after or {}, threshold, names, what.usable) for w in found])
+        told = {
+            "split": split._asdict(),
+            "left_out": left,
+            "scores": evaluate(_before(kept.sample, split.end), threshold, ids, names, seed=s),
+            "after": after,
+            "seeds": {"values": seeds, "kept": s, "log_loss": _by_seed(spread), "log_loss_after": later},
+            "artifact": {
+                "horizons_trained": [LABELS[h] for h in what.usable],
+                "members": {name: self.chosen[name] for name in self.fits},
+                "confident": kept.ensemble.confident.tolist(),
+                "trust": kept.ensemble.trust.tolist(),
+                "regret": kept.regret,
+            },
+        }
+        kept.ensemble.save(part)
+        baselines.save(part)
+        np.savez(part / "labels.npz", balanced=what.thresholds.balanced, spread=what.thresholds.spread)
+        (part / TOLD).write_text(json.dumps(plain(told), allow_nan=False))
+
+    def _kept(self, seed: int) -> dict[str, Path]:
+        """Name -> folder of the fit with `seed`, or of the only one."""
+        return {name: next((p for p in places if p.name == self._step(name, seed)), places[0]) for name, places in self.fits.items()}
+
+    def copy(self, part: Path, seed: int) -> None:
+        """The files of the artifact: the members of `seed` and what was learnt of them."""
+        for place in (*self._kept(seed).values(), self.work.folder / f"fold-{self.number}-weighed"):
+            for f in sorted(place.iterdir()):
+                if f.name != TOLD:
+                    shutil.copy(f, part / f.name)
+
+    def latency(self, source: Source, seed: int) -> Latency:
+        """Measured on this machine, of the models that are kept."""
+        members, ids = [self._load(name, p) for name, p in self._kept(seed).items()], [i.id for i in self.gathered.instruments]
         instruments, chunks = source()
-        latency = measure_latency(engine, stream(instruments, chunks))
-    manifest = _manifest(gathered, what, fitted, chosen, ensemble, learned, latency, folds)
+        ensemble = Ensemble.load(self.work.folder / f"fold-{self.number}-weighed")
+        engine = Engine(instruments, ids, self.gathered.names, members, ensemble)
+        if self.altdata is not None:
+            engine.tell(self.altdata)
+        return measure_latency(engine, stream(instruments, chunks))
 
-    def save(folder: Path) -> None:
-        for member in fitted:
-            member.save(folder)
-        ensemble.save(folder)
-        baselines.save(folder)
-        np.savez(folder / "labels.npz", balanced=what.thresholds.balanced, spread=what.thresholds.spread)
 
-    with Steps("save"):
-        return artifacts.write(out, manifest, save).path
+def _by_seed(losses: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, list[float | None]]]:
+    """Horizon -> "ensemble" or member -> log-loss of each seed."""
+    names = {h: list(dict.fromkeys(n for told in losses for n in told.get(h, {}))) for h in losses[0]}
+    return {h: {n: [told.get(h, {}).get(n) for told in losses] for n in of} for h, of in names.items()}
 
 
 def _before(sample: dict[str, NDArray[Any]], end: int) -> dict[str, NDArray[Any]]:
@@ -262,34 +395,3 @@ def events_in(root: str | Path, ids: Sequence[str] | None, start: int | None, en
     first, last = catalog_range(root, ids)
     a, b = max(first, start if start is not None else first), min(last, end if end is not None else last)
     return int(count * max(0, b - a) / max(1, last - first))
-
-
-def _manifest(
-    gathered: Gathered, what: Study, fitted: Sequence[Member], chosen: dict[str, str], ensemble: Ensemble, learned: Learned,
-    latency: Latency, folds: list[dict[str, Any]],
-) -> dict[str, Any]:  # fmt: skip
-    return {
-        "features": list(gathered.names),
-        "instruments": [i.id for i in gathered.instruments],
-        "horizons_ns": list(HORIZONS_NS),
-        "horizons_trained": [LABELS[h] for h in what.usable],
-        "range": {"start": int(gathered.table.ts[0]), "end": int(gathered.table.ts[-1]), "decisions": len(gathered.table.ts)},
-        "seed": what.seed,
-        "members": {m.name: chosen[m.name] for m in fitted},
-        "latency": {"source": latency.source, "q": list(latency.q), "ns": list(latency.ns)},
-        "folds": _plain(folds),
-        "confident": _plain(ensemble.confident.tolist()),
-        "trust": ensemble.trust.tolist(),
-        "regret": _plain(Ensemble.even(ensemble.names, ensemble.threshold, ensemble.eta, ensemble.config).regret(learned)),
-    }
-
-
-def _plain(value: Any) -> Any:
-    """JSON knows no NaN and no infinity: None instead."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, float | np.floating):
-        return float(value) if np.isfinite(value) else None
-    return int(value) if isinstance(value, np.integer) else value

@@ -7,7 +7,10 @@ import pytest
 from timing import best
 
 from catalog.events import EVENT, SCALE, Instrument
-from cift_models.gnn import CELL, EDGE, NOW, Config, Gnn, H, Inputs, Scales, T, _weights, torch_net
+from cift_models.gnn import Gnn
+from cift_models.gnn_stream import CELL, EDGE, NOW, Inputs, Scales, T
+from cift_models.gnn_train import Config, torch_net, weights_of
+from cift_models.labels import H
 from cift_models.leadlag import contrast
 from cift_models.windows import Block
 
@@ -21,7 +24,8 @@ def gnn() -> Gnn:
 
     torch.manual_seed(0)
     scales = Scales(*(np.stack([np.zeros((N, n)), np.ones((N, n))]) for n in (len(CELL), len(NOW))))
-    weights = _weights(torch_net(N, Config()), np.zeros((N, 4 * H), np.float32))
+    weights = weights_of(torch_net(N, Config()), np.zeros((N, 4 * H), np.float32))
+    weights = weights._replace(wide=np.random.default_rng(0).normal(size=weights.wide.shape).astype(np.float32))
     ids = [Instrument(f"{k}.X", SCALE // 100, SCALE, 1.0, "USD").id for k in range(N)]
     return Gnn(NAMES, ids, np.ones(N), np.full(N, 0.01), weights, scales, np.ones((N, H), bool), np.ones((N, H)), {})
 

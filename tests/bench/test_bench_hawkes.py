@@ -10,7 +10,9 @@ from numba import njit
 from timing import best
 
 from catalog.events import CANCEL, EVENT, SCALE, TRADE
-from cift_models.hawkes import Gatherer, Hawkes, Online, Params, _classify_all, _codes, loglik, observe
+from cift_models.hawkes import Gatherer, Hawkes, _classify_all, _codes
+from cift_models.hawkes_path import Online
+from cift_models.hawkes_process import Params, loglik, observe
 from cift_models.windows import HORIZONS_NS, Block, closes, new_batches
 
 EVENTS = 1_000_000

@@ -10,9 +10,9 @@ import pytest
 from timing import best
 
 from catalog.events import EVENT, SCALE, Instrument
-from cift_models import transformer as tf
+from cift_models import transformer_train as tf
 from cift_models.labels import H
-from cift_models.transformer import COLUMNS, Config, Transformer
+from cift_models.transformer import COLUMNS, Config, Transformer, windows
 from cift_models.windows import SECOND, Block, History, closes, new_batches
 
 NAMES = ("mid", *COLUMNS)
@@ -39,7 +39,7 @@ def block() -> Block:
     return Block(e, rng.normal(size=(len(e), len(NAMES))), closes(new_batches(N), e))
 
 
-def windows(member: Transformer, block: Block, last: int) -> tf.Batch:
+def last_windows(block: Block, last: int) -> tf.Batch:
     """What torch needs for the same decisions, the last of the block."""
     import torch
 
@@ -47,10 +47,9 @@ def windows(member: Transformer, block: Block, last: int) -> tf.Batch:
     wanted = np.zeros(len(block.closes), np.bool_)
     wanted[-last:] = True
     v = h.push(Block(block.events, block.rows[:, 1:], block.closes), wanted)
-    ts, k = v.tick_ts[:, -1], block.events["instrument"][block.closes][-last:].astype(np.int64)
-    gaps = [np.where(s != 0, ((ts // n * n)[:, None] - s) * 1e-9, -1).astype(np.float32) for s, n in zip(v[3:], tf.WIDTH_NS)]
-    phase = np.stack([ts % n / n for n in tf.WIDTH_NS[1:]], 1).astype(np.float32)
-    return tf.Batch(*(tuple(map(torch.from_numpy, a)) for a in (v[:3], gaps)), torch.from_numpy(phase), torch.from_numpy(k))
+    k = block.events["instrument"][block.closes][-last:].astype(np.int64)
+    x = [torch.from_numpy(a) for a in (*windows(v), k)]
+    return tf.Batch(tuple(x[:3]), tuple(x[3:6]), x[6], x[7])
 
 
 def rounds(block: Block, state: Any, member: Transformer) -> list[tuple[Block, Any]]:
@@ -75,7 +74,7 @@ def test_four_instruments_at_once_cost_less_than_torch(benchmark, member, block)
         wall, cpu = time.perf_counter_ns(), time.thread_time_ns()
         member.predict(piece, s)
         took.append((time.perf_counter_ns() - wall, time.thread_time_ns() - cpu))
-    w, batch = {k: torch.from_numpy(v) for k, v in member.weights.items()}, windows(member, block, N)
+    w, batch = {k: torch.from_numpy(v) for k, v in member.weights.items()}, last_windows(block, N)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -95,7 +94,7 @@ def test_four_instruments_at_once_cost_less_than_torch(benchmark, member, block)
 def test_a_block_of_history_costs_less_than_torch_in_its_best_batches(benchmark, member, block) -> None:
     import torch
 
-    w, batch = {k: torch.from_numpy(v) for k, v in member.weights.items()}, windows(member, block, 256)
+    w, batch = {k: torch.from_numpy(v) for k, v in member.weights.items()}, last_windows(block, 256)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -26,6 +26,7 @@ from cift_models.ensemble import (
 )  # fmt: skip
 from cift_models.hmm import POSITION
 from cift_models.labels import H, Outcomes
+from cift_models.pooling import Pool, pooled
 
 N = 5
 NONE = np.empty(0, np.int64)
@@ -42,6 +43,11 @@ def ensemble(n: int = N, eta: float = 1.0, share: float = 1e-3, confident: float
     e = Ensemble.even([f"m{a}" for a in range(n)], np.full((instruments, H), 1.0), np.full(H, eta), Config(share=share, **config))
     e.confident = np.full(H, confident)
     return e
+
+
+def pool_of(seed: int, n: int = N, instruments: int = 2) -> Pool:
+    rng = np.random.default_rng(seed)
+    return Pool(rng.uniform(0, 1, (R + 1, H, n)), 0.1 * rng.normal(size=(H, 3)), rng.dirichlet(np.full(3, 9.0), (instruments, H)))
 
 
 def random_votes(rng, m, n=N, sleeping=0.2):
@@ -118,15 +124,62 @@ def test_mixture_weights_and_regret_equal_a_naive_hedge(seed, eta):
     assert np.allclose(np.array(e.regret(learned)["regret"]), want[3])
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_mixture_and_pool_are_blended_as_their_outcomes_ask_for(seed):
+    """In plain loops: two experts, Hedge with fixed share, each regime and horizon by itself."""
+    votes, sizes, inst, regimes, arriving, rows = episode(seed)
+    e, plain = ensemble(eta=0.4, share=0.01), ensemble(eta=0.4, share=0.01)
+    e.pool = pool_of(seed)
+    learned = e.new_state(64)
+    proba = decide(e, learned, votes, sizes, regimes, inst, rows)[0]
+    mix = decide(plain, plain.new_state(64), votes, sizes, regimes, inst, rows)[0]
+    told, w = np.full((len(votes), H, 3), np.nan), np.full((R + 1, H, 2), 0.5)
+    for c, h in itertools.product(range(len(votes)), range(H)):
+        r = regimes[c] if regimes[c] >= 0 else R
+        pooled(soft(votes[c, :, h]), e.pool.weight[r, h], e.pool.bias[h], e.pool.rate[inst[c], h], told[c, h])
+    arrived_mix = arriving_mixture(plain, votes, regimes, arriving)
+    for c in range(len(votes)):
+        for d, h, y in arriving[c]:
+            r = regimes[d] if regimes[d] >= 0 else R
+            p = np.array([arrived_mix[d, h], told[d, h, y]])
+            if np.isfinite(p).all():
+                moved = w[r, h] * p**0.4
+                w[r, h] = 0.99 * moved / moved.sum() + 0.01 / 2
+        for h in range(H):
+            b = w[regimes[c] if regimes[c] >= 0 else R, h]
+            assert np.allclose(proba[c, h], b[0] * mix[c, h] + b[1] * told[c, h], equal_nan=True)
+    assert not np.allclose(proba, mix, equal_nan=True)
+
+
+def arriving_mixture(e: Ensemble, votes, regimes, arriving):
+    """What the mixture, with the weights at the time the outcome arrives, gave to what happened: {(decision, h): probability}."""
+    w, votes, out = e.weights.copy(), soft(votes), {}
+    for events in arriving:
+        for d, h, y in events:
+            r = regimes[d] if regimes[d] >= 0 else R
+            awake = np.isfinite(votes[d, :, h, 0])
+            if not awake.any():
+                out[d, h] = np.nan
+                continue
+            p, own = votes[d, awake, h, y], w[r, h, awake]
+            out[d, h] = own @ p / own.sum()
+            new = own * p ** e.eta[h]
+            w[r, h, awake] = own.sum() * ((1 - e.config.share) * new / new.sum() + e.config.share / awake.sum())
+    return out
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000), eta=st.floats(0.05, 1.0), share=st.floats(1e-6, 0.2), sleeping=st.floats(0, 0.9))
 def test_regret_against_every_member_stays_within_its_bound(seed, eta, share, sleeping):
     votes, sizes, inst, _, _, rows = episode(seed, 80, sleeping)
     e = ensemble(eta=eta, share=share)
+    e.pool = pool_of(seed)
     learned = e.new_state(128)
     decide(e, learned, votes, sizes, np.full(len(votes), seed % R), inst, rows, room=128)
     account = e.regret(learned)
     assert (np.array(account["regret"]) <= np.array(account["bound"]) + 1e-9).all()
+    both = account["pool"]
+    assert (np.array(both["regret"]) <= np.array(both["bound"]) + 1e-9).all() and np.any(both["regret"])
     assert np.allclose(learned.weights.sum(axis=2), 1) and (learned.weights > 0).all()
     json.dumps(account)
 
@@ -212,6 +265,7 @@ def test_without_confidence_or_without_a_two_sided_book_it_abstains():
 def test_any_cut_gives_the_same_decisions(seed, cuts):
     votes, sizes, inst, regimes, _, rows = episode(seed)
     e = ensemble()
+    e.pool = pool_of(seed)
     a, b = e.new_state(64), e.new_state(2)
     whole, pieces = decide(e, a, votes, sizes, regimes, inst, rows), []
     edges = [0, *sorted(cuts), 60]
@@ -223,7 +277,7 @@ def test_any_cut_gives_the_same_decisions(seed, cuts):
         pieces.append(decide_at(e, b, votes, sizes, regimes, inst, mine, x, y))
     for i in range(4):
         assert np.array_equal(whole[i], np.concatenate([p[i] for p in pieces]), equal_nan=True)
-    assert np.array_equal(a.weights, b.weights)
+    assert np.array_equal(a.weights, b.weights) and np.array_equal(a.between, b.between) and np.ptp(a.between) > 0
 
 
 def decide_at(e, learned, votes, sizes, regimes, inst, rows, x, y):
@@ -306,9 +360,13 @@ def test_saved_and_loaded_unchanged(tmp_path):
     e = ensemble(eta=0.25, confident=0.4, agree=0.5)
     e.weights = np.random.default_rng(0).dirichlet(np.ones(N), (R + 1, H))
     e.save(tmp_path)
+    assert Ensemble.load(tmp_path).pool is None
+    e.pool, e.between = pool_of(0), np.random.default_rng(1).dirichlet(np.ones(2), (R + 1, H))
+    e.save(tmp_path)
     again = Ensemble.load(tmp_path)
     assert again.names == e.names and again.config == e.config
-    for name in ("threshold", "weights", "confident", "eta", "needs"):
+    assert again.pool is not None and all(np.array_equal(a, b) for a, b in zip(again.pool, e.pool))
+    for name in ("threshold", "weights", "confident", "eta", "needs", "between"):
         assert np.array_equal(getattr(again, name), getattr(e, name))
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from catalog import altdata
+from catalog.asof import Lookup, asof
 from catalog.events import EVENT, SCALE, Instrument
-from cift_models.fusion import ALTERNATIVE, FLOOR, TILE, Config, Fusion, _interpolate, softmax
-from cift_models.labels import LABELS, Split, Study, Table, Thresholds
-from cift_models.validate import calibration_error, log_loss
+from cift_models.calibration import calibration_error
+from cift_models.fusion import AGE, FLOOR, Config, Fusion, _blend, travels
+from cift_models.labels import LABELS, Split, Study, Table, Thresholds, classify
+from cift_models.trees import TILE, interpolate, softmax, walk
+from cift_models.validate import log_loss
 from cift_models.windows import HORIZONS_NS, Block
 
 NAMES = ("mid", "spread", "a", "b", "c", "never")
@@ -70,8 +72,6 @@ def test_the_walk_is_xgboosts_prediction_to_the_last_bit(study, fusion):
     x[:50, :3] = np.float32(1e30)
     x[50:60] = np.nan
     ours = np.empty((len(x), 12), np.float32)
-    from cift_models.fusion import walk
-
     walk(x, *fusion.trees, ours)
     for h, model in fusion.models.items():
         theirs = booster(model).predict(xgboost.DMatrix(x), output_margin=True)
@@ -225,7 +225,7 @@ def test_calibration_curves_are_interpolated_like_numpys(study, fusion):
     for c in range(4):
         m = n[0, c]
         want = np.interp(x, xs[0, c, :m], ys[0, c, :m])
-        assert np.allclose([_interpolate(v, xs[0, c], ys[0, c], m) for v in x], want, atol=1e-12)
+        assert np.allclose([interpolate(v, xs[0, c], ys[0, c], m) for v in x], want, atol=1e-12)
     assert 0 < FLOOR < 0.01
 
 
@@ -238,15 +238,19 @@ def dated(study: Study, by: int = 1_700_000_000 * SCALE) -> Study:
 
 
 def alternative(study: Study, delay_s: float, seed: int = 0) -> altdata.Table:
-    """News sentiment of a second before each decision that tells the sign of its move, known `delay_s` later."""
+    """News sentiment of up to a second before each decision that tells the sign of its move, known `delay_s` after that second."""
     rng = np.random.default_rng(seed)
     rows = []
     for i in range(len(study.table.ts) - 1):
         t = int(study.table.ts[i])
         value = float(np.clip(np.sign(study.table.move[i, 0]) * 0.8 + 0.05 * rng.normal(), -1, 1))
         id_ = study.instruments[int(study.table.instrument[i])].id
-        rows.append((id_, "news_sentiment", value, t - SCALE, t - SCALE + int(delay_s * 1e9)))
+        rows.append((id_, "news_sentiment", value, t - SCALE + int(delay_s * rng.random() * 1e9), t - SCALE + int(delay_s * 1e9)))
     return altdata.table(rows)
+
+
+def knowing(study: Study, table: altdata.Table) -> Study:
+    return study._replace(altdata=Lookup(table, [i.id for i in study.instruments]))
 
 
 def loss_of(study: Study, fusion: Fusion) -> float:
@@ -256,51 +260,108 @@ def loss_of(study: Study, fusion: Fusion) -> float:
 
 def test_alternative_data_tell_what_was_known_in_time_and_nothing_once_they_come_too_late():
     study = dated(make_study(8, n=3_000, signal=0.0, usable=(0,)))
-    in_time = Fusion.fit(study, None, replace(SMALL, alternative=alternative(study, 0.5)))
-    late = Fusion.fit(study, None, replace(SMALL, alternative=alternative(study, 1.5)))  # half a second after the decision
+    in_time = Fusion.fit(knowing(study, alternative(study, 0.5)), None, SMALL)
+    late = Fusion.fit(knowing(study, alternative(study, 1.5)), None, SMALL)  # half a second after the decision
     plain = Fusion.fit(study, None, SMALL)
     assert loss_of(study, in_time) < loss_of(study, plain) - 0.3
     assert abs(loss_of(study, late) - loss_of(study, plain)) < 0.05
     share = in_time.shap[:, in_time.columns.index("alt_news_sentiment"), 0]
     assert (share > 0.5).all(), "in every slice of time"
     assert in_time.leading(1)[0].startswith("500ms: alt_news_sentiment")
+    (first, *_) = in_time.shares()["500ms"]
+    assert first["column"] == "alt_news_sentiment" and first["gain"] > 0.5 and min(first["shap"]) > 0.5
 
 
 def test_the_join_is_the_tables_own_and_a_decision_sees_nothing_that_is_known_later():
     study = dated(make_study(9, n=2_000, usable=(0,)))
     table = alternative(study, 0.5)
-    fusion = Fusion.fit(study, None, replace(SMALL, alternative=table))
+    fusion = Fusion.fit(knowing(study, table), None, SMALL)
+    assert [c for c in fusion.columns if "alt_" in c] == ["alt_news_sentiment", "alt_news_sentiment" + AGE]
     rows = np.arange(300)
     x = fusion.inputs(study.table.rows[rows], study.table.instrument[rows], study.table.ts[rows])
-    first = fusion.columns.index(ALTERNATIVE[0])
+    first, which = fusion.columns.index("alt_news_sentiment"), altdata.INDEX["news_sentiment"]
     for k in range(2):
         mine = study.table.instrument[rows] == k
-        values, ages = altdata.asof(table, study.instruments[k].id, study.table.ts[rows][mine])
-        assert np.array_equal(x[mine, first : first + 54], np.concatenate([values, ages], axis=1).astype(np.float32), equal_nan=True)
+        joined = np.stack([a[:, which] for a in asof(table, study.instruments[k].id, study.table.ts[rows][mine])], axis=1)
+        assert np.array_equal(x[mine, first : first + 2], joined.astype(np.float32), equal_nan=True)
     cut = int(study.table.ts[150])
     past = altdata.table([r for r in table.rows() if r[4] <= cut])
-    again = Fusion(study.names, fusion.columns, fusion.models, fusion.knots, fusion.scale, fusion.ids, past)
+    again = Fusion(study.names, fusion.columns, fusion.models, fusion.knots, fusion.scale, fusion.ids, Lookup(past, fusion.ids))
     a, b = fusion.predict(as_block(study, rows)), again.predict(as_block(study, rows))
     assert np.array_equal(a.proba[:151], b.proba[:151], equal_nan=True) and not np.array_equal(a.proba[200:], b.proba[200:], equal_nan=True)
-    block = as_block(study, rows)
-    one = fusion.predict(Block(block.events[7:8], block.rows[7:8], np.array([0])))
-    assert np.array_equal(one.proba[0], a.proba[7], equal_nan=True)
 
 
-def test_a_member_of_ones_own_brings_its_table_and_an_artifact_without_one_copes(tmp_path):
+def test_data_that_arrive_one_by_one_and_decisions_one_by_one_give_the_votes_of_history_to_the_last_bit():
+    """Live: each row is pushed when it becomes known, each block holds one batch."""
+    study = dated(make_study(12, n=2_000, usable=(0,)))
+    table = alternative(study, 0.5)
+    fusion = Fusion.fit(knowing(study, table), None, SMALL)
+    rows = np.arange(400)
+    whole = fusion.predict(as_block(study, rows))
+    fusion.join(Lookup(altdata.table([]), fusion.ids))
+    waiting = table.rows()
+    for i in rows:
+        while waiting and waiting[0][4] <= study.table.ts[i]:
+            fusion.known.push(altdata.table([waiting.pop(0)]))
+        one = fusion.predict(as_block(study, rows[i : i + 1]))
+        assert np.array_equal(one.proba[0], whole.proba[i], equal_nan=True)
+        assert np.array_equal(one.magnitude[0], whole.magnitude[i], equal_nan=True)
+    assert len(waiting) > 1_000, "the rest is not known yet"
+
+
+def test_a_column_is_learnt_from_when_it_went_up_and_down_often_enough():
+    """A clock, a daily close and its age, a slow wave are left out; what is like them in the table of alternative data is, too."""
+    study = dated(make_study(11, n=4_000, usable=(0,)))
+    t = study.table
+    hour = (t.ts - t.ts[0]) / 1e9 / 3_600
+    rows = t.rows.copy()
+    rows[:, NAMES.index("a")], rows[:, NAMES.index("b")] = hour, np.sin(2 * np.pi * hour)
+    daily = [("*", "vix", 15.0, int(t.ts[0]) - SCALE, int(t.ts[0]) - SCALE)]
+    few = [("*", "sweep_count", float(i % 2), int(t.ts[100 * i]), int(t.ts[100 * i])) for i in range(9)]
+    known = altdata.table([*alternative(study, 0.5).rows(), *daily, *few])
+    fitted = Fusion.fit(knowing(study._replace(table=t._replace(rows=rows)), known), None, SMALL)
+    assert fitted.columns == ("spread", "c", "alt_news_sentiment", "alt_news_sentiment" + AGE, "instrument")
+    flat = study._replace(table=t._replace(rows=np.ones_like(rows)))
+    assert Fusion.fit(flat, None, SMALL).columns == (*INPUTS, "instrument"), "where nothing moves nothing is left out"
+
+
+def test_travels_are_what_one_counts_by_hand():
+    x = np.array([0, 1, 2, 3, 0, np.nan, 3, 1, 2, 0, 3, 9], np.float32)[:, None]
+    both = np.concatenate([x, np.full_like(x, 7), np.isfinite(x) * (x == 9).astype(np.float32)], axis=1)
+    who = np.repeat([0, 1], [11, 1])
+    assert travels(both, who, 2).tolist() == [[5, 0, 0], [0, 0, 0]]
+    assert travels(both, np.zeros(12, np.int64), 1).tolist() == [[5, 0, 1]]
+
+
+def test_isotonic_curves_serve_where_they_hold_in_every_part_of_time_and_not_where_they_do_not():
+    rng = np.random.default_rng(0)
+    raw = rng.dirichlet(np.ones(3), 8_000)
+    ts = np.arange(8_000, dtype=np.int64) * SCALE
+
+    def drawn(truth):
+        return (rng.random(8_000)[:, None] > truth.cumsum(axis=1)).sum(axis=1).astype(np.int8)
+
+    flat = (raw + 1) / 4  # what is said is too sure, always
+    assert _blend(raw, drawn(flat), ts, ts + SCALE) >= 0.75
+    turns = np.where((np.arange(8_000) % 4_000 < 2_000)[:, None], np.roll(raw, 1, axis=1), raw)  # wrong in one part, right in the next
+    assert _blend(raw, drawn(raw), ts, ts + SCALE) <= 0.5 and _blend(raw, drawn(turns), ts, ts + SCALE) > 0
+    assert _blend(raw[:150], drawn(raw)[:150], ts[:150], ts[:150]) == 0, "too few"
+
+
+def test_an_artifact_remembers_its_alternative_columns_and_copes_without_the_data(tmp_path):
     study = dated(make_study(10, n=2_000, usable=(0,)))
-
-    class Informed(Fusion):
-        name = "informed"
-        alternative = alternative(study, 0.5)
-
-    fitted = Informed.fit(study, None, SMALL)
+    known = Lookup(alternative(study, 0.5), [i.id for i in study.instruments])
+    fitted = Fusion.fit(study._replace(altdata=known), None, SMALL)
     fitted.save(tmp_path)
-    assert all(f.name.startswith("informed") for f in tmp_path.iterdir())
     block = as_block(study, np.arange(200))
-    assert np.array_equal(Informed.load(tmp_path, NAMES).predict(block).proba, fitted.predict(block).proba, equal_nan=True)
-    Informed.alternative = None
-    assert np.isfinite(Informed.load(tmp_path, NAMES).predict(block).proba[:, 0]).all()
+    again = Fusion.load(tmp_path, NAMES)
+    assert again.columns == fitted.columns
+    blind = again.predict(block).proba[:, 0]
+    again.join(known.of(["I1.X", "I0.X"]))  # of instruments in another order
+    assert np.array_equal(again.predict(block).proba, fitted.predict(block).proba, equal_nan=True)
+    assert np.isfinite(blind).all() and not np.array_equal(blind, fitted.predict(block).proba[:, 0])
+    again.join(None)
+    assert np.array_equal(again.predict(block).proba[:, 0], blind)
 
 
 def test_shap_shares_are_xgboosts_contributions_and_find_what_drives_the_moves(study, fusion):
@@ -308,4 +369,45 @@ def test_shap_shares_are_xgboosts_contributions_and_find_what_drives_the_moves(s
     for h in range(4):
         top = np.argsort(-fusion.shap[:, :, h].mean(axis=0))[:3]
         assert {fusion.columns[i] for i in top} == {"a", "b", "c"}
-    assert (fusion.shap[:, fusion.columns.index("never")] == 0).all()
+    assert "never" not in fusion.columns
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """A market of the synthetic exchange, two sessions: what is learnt from in the first, what is told of the second, and its table."""
+    from catalog.events import read_dbn
+    from catalog.synthetic import make_market
+    from cift_models.train import gather
+
+    made = make_market(tmp_path_factory.mktemp("planted") / "market", seed=21, sessions=2, events=400_000, instruments=2)
+    events, instruments = zip(*(read_dbn(f) for f in made.mbo))
+    first, second = (gather(lambda e=e, i=i: (i, [e]), {}, 60_000) for e, i in zip(events, instruments))
+    return first, second, altdata.read(made.alternative)
+
+
+def test_alternative_data_of_the_synthetic_exchange_gain_in_time_and_nothing_past_the_decision(planted):
+    """Trained and evaluated both ways: published in time, and so late that what is told of is over (its memory is 9 s)."""
+    from cift_models.labels import walk_forward
+    from cift_models.significance import mean_test
+    from cift_models.train import study as prepared
+
+    first, second, table = planted
+    h = LABELS.index("5s")
+    split = walk_forward(first.table.ts)[-1]
+    losses = {}
+    for name, known in (("plain", None), ("in time", table), ("late", altdata.delayed(table, 300))):
+        lookup = None if known is None else Lookup(known, [i.id for i in first.instruments])
+        what = prepared(first, split, 0, lookup)[0]._replace(usable=(h,))
+        fitted = Fusion.fit(what, None, Config(rounds=40, threads=1, max_rows=12_000))
+        t = second.table
+        at = np.flatnonzero(np.isfinite(t.move[:, h]))[::3]
+        events = np.zeros(len(at), EVENT)
+        events["ts_init"], events["instrument"] = t.ts[at], t.instrument[at]
+        votes = fitted.predict(Block(events, t.rows[at].astype(np.float64), np.arange(len(at))))
+        y = classify(t.move[at, h], what.thresholds.balanced[t.instrument[at], h])
+        losses[name] = log_loss(votes.proba[:, h], y)
+        share = sum(c["gain"] for c in fitted.shares()["5s"] if c["column"] == "alt_social_sentiment")
+        assert (share > 0.08) == (name == "in time"), (name, share)
+    gain, late = (mean_test(losses["plain"] - losses[k], t.ts[at], HORIZONS_NS[h]) for k in ("in time", "late"))
+    assert gain.t > 3 and late.t < 2
+    assert (losses["plain"] - losses["in time"]).mean() > 0.01 > (losses["plain"] - losses["late"]).mean()

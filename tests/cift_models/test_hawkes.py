@@ -14,13 +14,16 @@ from scipy import stats
 
 from catalog.errors import InputError
 from catalog.events import ADD, CANCEL, EVENT, F_SNAPSHOT, F_TOB, MODIFY, SCALE, TRADE, Instrument
-from cift_models import hawkes
-from cift_models.hawkes import Config, Coordinates, Gatherer, Hawkes, Online, Params, fit_process, loglik, observe
+from cift_models import hawkes, hawkes_path
+from cift_models.hawkes import Config, Gatherer, Hawkes
+from cift_models.hawkes_path import Online
+from cift_models.hawkes_process import Coordinates, Params, fit_process, loglik, observe
 from cift_models.labels import NEVER, Labeller, Study, Table, classify, fit_thresholds, walk_forward
 from cift_models.windows import HORIZONS_NS, Block, closes, new_batches
 
 SECOND = 1_000_000_000
 DAY = 86_400 * SECOND
+THREE = ("buy", "sell", "cancel")
 ONE = Params(
     np.array([[0.2], [0.15], [0.3]]), np.array([[[0.30, 0.15, 0.15], [0.15, 0.35, 0.18], [0.25, 0.15, 0.20]]]), np.array([20.0])
 )
@@ -176,7 +179,7 @@ def test_coordinates_reach_processes_whose_trades_draw_more_than_one_cancel() ->
 @pytest.mark.parametrize(("p", "seed"), [(ONE, 1), (TWO, 1)], ids=["exponential", "sum of exponentials"])
 def test_planted_parameters_come_back_within_5_percent(p: Params, seed: int) -> None:
     t, kind = planted(p, seed)
-    names = ("buy", "sell", "cancel")[: len(p.mu)]
+    names = THREE[: len(p.mu)]
     fit = fit_process(t, kind, Config(types=names, decays=len(p.beta), bins=1), start=0)
     assert fit.converged and fit.events == 200_000
     for found, truth in zip(fit.params, p):
@@ -187,7 +190,7 @@ def test_planted_parameters_come_back_within_5_percent(p: Params, seed: int) -> 
 def test_errors_of_the_fit_are_those_that_the_information_allows() -> None:
     t, kind = planted(ONE, 2, 50_000)
     seen = observe(t, kind, 3, start=0)
-    found = fit_process(t, kind, Config(decays=1, bins=1), start=0).params
+    found = fit_process(t, kind, Config(types=THREE, decays=1, bins=1), start=0).params
     flat = np.concatenate([x.ravel() for x in found])
 
     def slope(theta: np.ndarray) -> np.ndarray:
@@ -204,7 +207,7 @@ def test_a_baseline_that_varies_over_the_day_is_found() -> None:
     mu = np.full((2, 6), 0.05)
     mu[:, 2:4] = 0.4
     p = Params(mu, np.array([[[0.3, 0.1], [0.1, 0.3]]]), np.array([1.0]))
-    t, kind = hawkes.simulate(p, 3 * 86_400.0, seed=3)
+    t, kind = hawkes_path.simulate(p, 3 * 86_400.0, seed=3)
     fit = fit_process(t, kind, Config(types=("buy", "sell"), decays=1, bins=6), start=0)
     np.testing.assert_allclose(fit.params.mu, mu, rtol=0.12)
     half = fit_process(t[t < DAY // 2], kind[t < DAY // 2], Config(types=("buy", "sell"), decays=1, bins=6), start=0)
@@ -226,7 +229,7 @@ def test_a_type_that_hardly_occurs_stays_a_trickle() -> None:
         (np.arange(50) * SECOND, np.zeros(50, int), "50 events .* at least 200"),
         (np.full(500, 7 * SECOND), np.arange(500) % 3, "one stamp"),
         (np.arange(500)[::-1] * SECOND, np.arange(500) % 3, "backwards"),
-        (np.arange(500) * SECOND, np.arange(500), r"0\.\.2"),
+        (np.arange(500) * SECOND, np.arange(500), r"0\.\.5"),
         (np.arange(500) * SECOND, np.zeros(499, int), "one length"),
         (np.arange(500) * 7_200 * SECOND, np.arange(500) % 3, "stamp"),
     ],
@@ -249,13 +252,13 @@ def test_odd_data_never_gives_nan(seed: int) -> None:
     t, kind = np.cumsum(gaps).astype(np.int64), (rng.random(n) * (1 + seed // 4)).astype(int)
     p = fit_process(t, kind, Config(decays=2, max_iterations=60)).params
     assert all(np.isfinite(x).all() for x in p) and p.radius < 1
-    S = hawkes.state_after(p, t, kind)
+    S = hawkes_path.state_after(p, t, kind)
     for h in (1e-9, 1.0, 1e4):
-        w = hawkes.ahead(p, h)
+        w = hawkes_path.ahead(p, h)
         assert np.isfinite(w.intensity(S, p.mu[:, 0])).all() and (w.counts(S, p.mu[:, 0]) >= 0).all()
-        chance = hawkes.next_event(p, S, h)
+        chance = hawkes_path.next_event(p, S, h)
         assert (chance >= 0).all() and chance.sum() <= 1 + 1e-9
-    assert all(np.isfinite(r).all() for r in hawkes.residuals(p, t, kind))
+    assert all(np.isfinite(r).all() for r in hawkes_path.residuals(p, t, kind))
 
 
 # --- what follows from it ---
@@ -264,15 +267,15 @@ def test_odd_data_never_gives_nan(seed: int) -> None:
 def test_intensities_see_no_future() -> None:
     t, kind = messy(np.random.default_rng(8))
     p = some(np.random.default_rng(8))
-    whole = hawkes.intensities(p, t, kind)
+    whole = hawkes_path.intensities(p, t, kind)
     other = kind.copy()
     other[200:] = 2 - other[200:]
-    np.testing.assert_array_equal(hawkes.intensities(p, t[:200], kind[:200]), whole[:200])
-    np.testing.assert_array_equal(hawkes.intensities(p, t, other)[:201], whole[:201])
+    np.testing.assert_array_equal(hawkes_path.intensities(p, t[:200], kind[:200]), whole[:200])
+    np.testing.assert_array_equal(hawkes_path.intensities(p, t, other)[:201], whole[:201])
     n = 150
     past = t < t[n]
-    S = hawkes.state_after(p, t[past], kind[past], int(t[n]))
-    np.testing.assert_allclose(whole[n], hawkes.intensity(p, S, int(t[n] % DAY // (DAY // 24))), rtol=1e-12)
+    S = hawkes_path.state_after(p, t[past], kind[past], int(t[n]))
+    np.testing.assert_allclose(whole[n], hawkes_path.intensity(p, S, int(t[n] % DAY // (DAY // 24))), rtol=1e-12)
 
 
 def test_forecasts_are_the_means_of_simulated_futures() -> None:
@@ -289,8 +292,8 @@ def test_forecasts_are_the_means_of_simulated_futures() -> None:
         for s, c in zip(t, kind):
             lam[seed] += (p.alpha[:, :, c] * (p.beta * np.exp(-p.beta * (h - s)))[:, None]).sum(0)
         first[seed, kind[0] if len(kind) else 2] = 1
-    w = hawkes.ahead(p, h)
-    chance = hawkes.next_event(p, S, h)
+    w = hawkes_path.ahead(p, h)
+    chance = hawkes_path.next_event(p, S, h)
     for seen, said in (
         (counts, w.counts(S, p.mu[:, 0])),
         (lam, w.intensity(S, p.mu[:, 0])),
@@ -303,46 +306,46 @@ def test_forecasts_are_the_means_of_simulated_futures() -> None:
 def test_forecasts_agree_with_one_another() -> None:
     p = Params(np.array([[1.0], [0.5], [2.0]]), np.full((3, 3, 3), 0.09), np.array([0.5, 50.0, 5_000.0]))
     S, mu = np.array([[4.0, 1.0, 0.0], [1.0, 0.0, 2.0], [0.0, 1.0, 0.0]]), np.array([1.0, 0.5, 2.0])
-    np.testing.assert_allclose(hawkes.ahead(p, 1e-12).intensity(S, mu), hawkes.intensity(p, S), rtol=1e-6)
-    np.testing.assert_allclose(hawkes.ahead(p, 1e3).intensity(S, mu), p.rates(), rtol=1e-6)
+    np.testing.assert_allclose(hawkes_path.ahead(p, 1e-12).intensity(S, mu), hawkes_path.intensity(p, S), rtol=1e-6)
+    np.testing.assert_allclose(hawkes_path.ahead(p, 1e3).intensity(S, mu), p.rates(), rtol=1e-6)
     grid = np.linspace(0, 0.02, 2_001)
-    lam = np.array([hawkes.ahead(p, h).intensity(S, mu) for h in grid])
-    np.testing.assert_allclose(hawkes.ahead(p, 0.02).counts(S, mu), np.trapezoid(lam, grid, axis=0), rtol=1e-4)
+    lam = np.array([hawkes_path.ahead(p, h).intensity(S, mu) for h in grid])
+    np.testing.assert_allclose(hawkes_path.ahead(p, 0.02).counts(S, mu), np.trapezoid(lam, grid, axis=0), rtol=1e-4)
     pulse = (p.alpha * p.beta[:, None, None] * S[:, None, :]).sum((1, 2))
     for h in (1e-5, 1e-2, 1.0, 30.0):
         none = np.exp(-mu.sum() * h - (pulse / p.beta * -np.expm1(-p.beta * h)).sum())
-        assert hawkes.next_event(p, S, h).sum() == pytest.approx(1 - none, rel=1e-9)
+        assert hawkes_path.next_event(p, S, h).sum() == pytest.approx(1 - none, rel=1e-9)
 
 
 def test_residuals_of_the_true_process_are_exponential_and_of_a_wrong_one_are_not() -> None:
     t, kind = planted(ONE, 9, 60_000)
-    right = [hawkes.goodness(r) for r in hawkes.residuals(ONE, t, kind, start=0)]
+    right = [hawkes_path.goodness(r) for r in hawkes_path.residuals(ONE, t, kind, start=0)]
     poisson = Params(np.bincount(kind)[:, None] / (t[-1] / SECOND), np.zeros((1, 3, 3)), np.array([1.0]))
-    wrong = [hawkes.goodness(r) for r in hawkes.residuals(poisson, t, kind, start=0)]
+    wrong = [hawkes_path.goodness(r) for r in hawkes_path.residuals(poisson, t, kind, start=0)]
     assert sum(g.events for g in right if g) == 60_000
     for good, bad in zip(right, wrong):
         assert good and bad
         assert good.ks_p > 1e-3 and good.ljung_box_p > 1e-3
         assert bad.ks_p < 1e-9 and bad.ljung_box_p < 1e-9
         np.testing.assert_allclose(good.qq[:, 1], good.qq[:, 0], rtol=0.1, atol=0.02)
-    assert hawkes.goodness(np.ones(5)) is None
-    assert hawkes.goodness(np.zeros(100)).ljung_box == 0  # type: ignore[union-attr]
+    assert hawkes_path.goodness(np.ones(5)) is None
+    assert hawkes_path.goodness(np.zeros(100)).ljung_box == 0  # type: ignore[union-attr]
 
 
 def test_residuals_cross_the_day_and_its_gaps() -> None:
     p = Params(np.array([[0.02, 0.2, 0.02, 0.1]]), np.array([[[0.5]]]), np.array([0.5]))
-    t, kind = hawkes.simulate(p, 4 * 86_400.0, seed=1)
-    whole = hawkes.goodness(hawkes.residuals(p, t, kind, start=0)[0])
+    t, kind = hawkes_path.simulate(p, 4 * 86_400.0, seed=1)
+    whole = hawkes_path.goodness(hawkes_path.residuals(p, t, kind, start=0)[0])
     shut = (t % DAY > 8 * 3600 * SECOND) & (t % DAY < 16 * 3600 * SECOND)
-    open_ = hawkes.residuals(p, t[~shut], kind[~shut], gap_s=3600.0)[0]
-    cut = hawkes.goodness(open_)
+    open_ = hawkes_path.residuals(p, t[~shut], kind[~shut], gap_s=3600.0)[0]
+    cut = hawkes_path.goodness(open_)
     assert whole and cut and whole.ks_p > 1e-3 and cut.ks_p > 1e-3
 
 
 def test_simulated_paths_pass_the_other_codes_likelihood() -> None:
     """Two simulators, one law: fitted values of either lie within the noise of the other."""
-    a = fit_process(*hawkes.simulate(ONE, 1e9, seed=4, max_events=60_000), Config(decays=1, bins=1), start=0).params
-    b = fit_process(*planted(ONE, 5, 60_000), Config(decays=1, bins=1), start=0).params
+    a = fit_process(*hawkes_path.simulate(ONE, 1e9, seed=4, max_events=60_000), Config(types=THREE, decays=1, bins=1), start=0).params
+    b = fit_process(*planted(ONE, 5, 60_000), Config(types=THREE, decays=1, bins=1), start=0).params
     for x, y in zip(a, b):
         np.testing.assert_allclose(x, y, rtol=0.12)
 
@@ -397,7 +400,7 @@ def market(seed: int, seconds: float = 2_400.0) -> tuple[np.ndarray, np.ndarray]
     """Two instruments whose buys and sells excite themselves and move the mid by a tick each: EVENT (n,), mid (n,)."""
     events, mids = [], []
     for k in range(2):
-        t, kind = hawkes.simulate(FLOW, seconds, seed=10 * seed + k, start=19_000 * DAY)
+        t, kind = hawkes_path.simulate(FLOW, seconds, seed=10 * seed + k, start=19_000 * DAY)
         e = np.zeros(len(t), EVENT)
         e["ts_init"], e["ts_event"], e["instrument"], e["size"] = t, t, k, SCALE
         e["action"] = np.where(kind == 2, CANCEL, TRADE)

@@ -14,11 +14,11 @@ from test_inference import INSTRUMENTS, TICK, artifact, blocks, quotes, source  
 from catalog.errors import InputError
 from catalog.events import SCALE
 from cift_models import artifacts
-from cift_models.ensemble import MEMBERS
+from cift_models.ensemble import MEMBERS, member_class
 from cift_models.fusion import Fusion
 from cift_models.inference import Engine
 from cift_models.labels import LABELS, H, walk_forward
-from cift_models.train import Config, choose, fit_members, gather, study, train
+from cift_models.train import Config, choose, gather, study, train
 from cift_models.windows import Votes
 
 SMALL = Config(cap=5_000)
@@ -115,7 +115,7 @@ def test_members_are_chosen_by_name():
 def test_what_comes_after_the_training_range_or_its_slices_changes_nothing():
     """The table's rows after the calibration slice are rewritten: members and thresholds stay what they were."""
     chosen = choose(["hmm", "fusion"])
-    gathered = gather(short(), chosen, 5_000)
+    gathered = gather(short(gap_ms=110.0), chosen, 5_000)
     split = walk_forward(gathered.table.ts)[0]
     what, _ = study(gathered, split, 0)
     late = gathered.table.known_at > split.weigh
@@ -123,7 +123,8 @@ def test_what_comes_after_the_training_range_or_its_slices_changes_nothing():
     what2, _ = study(other, split, 0)
     assert np.array_equal(what.thresholds.balanced, what2.thresholds.balanced)
     block = blocks()[0]
-    for a, b in zip(fit_members(what, gathered, chosen)[0], fit_members(what2, other, chosen)[0]):
+    for name, path in chosen.items():
+        a, b = (member_class(path).fit(w, gathered.own[name]) for w in (what, what2))
         assert np.array_equal(a.predict(block, a.new_state()).proba, b.predict(block, b.new_state()).proba, equal_nan=True)
 
 

@@ -15,9 +15,11 @@ import pytest
 
 from catalog.errors import InputError
 from catalog.events import EVENT, SCALE, Instrument
-from cift_models import transformer as tf
+from cift_models import transformer_lessons, transformer_train
 from cift_models.labels import LABELS, H, Labeller, Study, Table, Thinned, fit_thresholds, walk_forward
-from cift_models.transformer import COLUMNS, Config, Transformer
+from cift_models.transformer import COLUMNS, Config, Transformer, fit_slope, windows
+from cift_models.transformer_kernel import FRAMES, OUT, PATCH, exp, scale_rows
+from cift_models.transformer_train import Data, Mirror
 from cift_models.validate import log_loss
 from cift_models.windows import MINUTES, SECOND, SECONDS, TICKS, Block, closes, new_batches
 
@@ -74,7 +76,7 @@ def study_of(block: Block, seed: int = 0, n: int = 2, usable=(0, 1, 2)) -> Study
     return Study(tuple(instruments(n)), NAMES, NAMES[1:], table, split, thresholds, tuple(usable), seed)
 
 
-def gather(blocks, n: int = 2, config: Config = SMALL) -> tf.Windows:
+def gather(blocks, n: int = 2, config: Config = SMALL) -> transformer_lessons.Windows:
     g = Transformer.gatherer(instruments(n), NAMES, config)
     for b in blocks:
         g.push(b)
@@ -90,7 +92,7 @@ def random_member(seed: int = 0, names=NAMES, n: int = 2, config: Config = SMALL
     rng = np.random.default_rng(seed)
     columns = [c for c in COLUMNS if c in names]
     w = {k: (0.3 * rng.normal(size=s) + k.split(".")[1].startswith(("norm", "gain"))).astype(np.float32)
-         for k, s in tf.shapes(len(columns), n, config).items()}  # fmt: skip
+         for k, s in transformer_train.shapes(len(columns), n, config).items()}  # fmt: skip
     own = rng.normal(size=(n, len(columns))), rng.uniform(0.5, 2, (n, len(columns)))
     calibrated = np.array([True, True, True, False]), np.full(H, 0.7), rng.normal(size=(H, 3)), np.ones((n, H))
     return Transformer(names, columns, config, w, *own, *calibrated)
@@ -114,26 +116,20 @@ def raw_of(me: Transformer, block: Block, spoil=None):
     """Raw outputs at every close, the windows they came from, and their stamps and instruments; `spoil(views)` may change the windows."""
     inst = block.events["instrument"].astype(np.int64)
     values = np.empty((len(block.events), len(me.columns)), np.float32)
-    tf._scale(block.rows, inst, me._index, me.centre, me.scale, values)
+    scale_rows(block.rows, inst, me._index, me.centre, me.scale, values)
     s = me.new_state()
     v = s.history.push(Block(block.events, values, block.closes))
     if spoil is not None:
         spoil(v)
     ts, k = v.tick_ts[:, -1].copy(), inst[block.closes]
-    return me.raw(v, k, s).reshape(-1, H, tf.OUT), v, ts, k
+    return me.raw(v, k, s).reshape(-1, H, OUT), v, ts, k
 
 
 @pytest.mark.parametrize(("width", "heads", "layers"), [(16, 2, 1), (32, 4, 2)])
 def test_what_serves_is_the_network_that_was_trained(width, heads, layers):
-    import torch
-
     me = random_member(3, config=dataclasses.replace(SMALL, width=width, heads=heads, layers=layers))
-    raw, v, ts, k = raw_of(me, market(1, seconds=150, rate=6))
-    gaps = [np.where(s != 0, ((ts // n * n)[:, None] - s) * 1e-9, -1).astype(np.float32) for s, n in zip(v[3:], tf.WIDTH_NS)]
-    phase = np.stack([ts % n / n for n in tf.WIDTH_NS[1:]], 1).astype(np.float32)
-    batch = tf.Batch(*(tuple(map(torch.from_numpy, a)) for a in (v[:3], gaps)), torch.from_numpy(phase), torch.from_numpy(k))
-    with torch.inference_mode():
-        told = tf.network({n: torch.from_numpy(a) for n, a in me.weights.items()}, batch, heads).numpy()
+    raw, v, _, k = raw_of(me, market(1, seconds=150, rate=6))
+    told = me.served("cpu")(*windows(v), k).reshape(raw.shape)
     assert v.minute_ts[:, -1].min() == 0 < v.minute_ts[:, -1].max()  # from no minute of history on
     assert np.abs(raw - told).max() < 1e-5 * np.abs(told).max()
 
@@ -141,7 +137,7 @@ def test_what_serves_is_the_network_that_was_trained(width, heads, layers):
 def test_the_exponential_is_one():
     x = np.concatenate([-np.geomspace(1e-9, 87, 3_000), [0.0, -1e30, -np.inf]]).astype(np.float32)
     want = np.exp(np.maximum(x, -87).astype(np.float64))
-    tf._exp(x, np.empty(len(x), np.int32))
+    exp(x, np.empty(len(x), np.int32))
     assert np.abs(x / want - 1).max() < 3e-7
 
 
@@ -164,8 +160,8 @@ def test_decisions_are_the_same_to_the_last_bit_however_the_stream_is_cut(block,
 def test_a_block_of_many_decisions_equals_its_pieces(block, monkeypatch):
     me = random_member(1)
     whole = me.predict(block, me.new_state())
-    assert len(block.closes) > tf.PIECE
-    monkeypatch.setattr(tf, "PIECE", 37)
+    assert len(block.closes) > transformer_lessons.PIECE
+    monkeypatch.setattr(transformer_lessons, "PIECE", 37)
     assert equal(whole, me.predict(block, me.new_state()))
 
 
@@ -247,7 +243,7 @@ def test_order_matters():
 
 def test_it_is_small():
     for n, layers in ((1, 1), (4, 1), (50, 2)):
-        size = sum(int(np.prod(s)) for s in tf.shapes(len(COLUMNS), n, Config(layers=layers)).values())
+        size = sum(int(np.prod(s)) for s in transformer_train.shapes(len(COLUMNS), n, Config(layers=layers)).values())
         assert 40_000 < size < 100_000
     from cift_models.feature_table import FEATURES
 
@@ -300,20 +296,20 @@ import os, signal, sys
 sys.path.insert(0, {here!r})
 import test_transformer as t
 from pathlib import Path
-network, calls = t.tf.network, []
+network, calls = t.transformer_train.network, []
 def dying(w, batch, heads, dropout=0.0):
     calls.append(dropout)
     if sum(d > 0 for d in calls) == {at}:
         os.kill(os.getpid(), signal.SIGKILL)
     return network(w, batch, heads, dropout)
-t.tf.network = dying
+t.transformer_train.network = dying
 t.fit(t.market(0), t.dataclasses.replace(t.SMALL, checkpoint=Path({folder!r})))
 """
 
 
 def steps_of_an_epoch(block: Block) -> int:
     z, study = gather([block]).sample(), study_of(block)
-    return -(-len(tf.Lessons.of(study, z, SMALL).fit) // SMALL.batch)
+    return -(-len(transformer_lessons.Lessons.of(study, z).fit) // SMALL.batch)
 
 
 def test_killed_in_the_middle_of_an_epoch_it_goes_on_to_the_same_weights(member, block, tmp_path, capsys):
@@ -329,7 +325,7 @@ def test_killed_in_the_middle_of_an_epoch_it_goes_on_to_the_same_weights(member,
 
 
 def test_an_interrupt_is_survived_and_a_checkpoint_serves_its_own_training_only(member, block, tmp_path, monkeypatch, capsys):
-    network, calls, at = tf.network, [], steps_of_an_epoch(block) + 2
+    network, calls, at = transformer_train.network, [], steps_of_an_epoch(block) + 2
 
     def interrupted(w, batch, heads, dropout=0.0):
         calls.append(dropout)
@@ -338,19 +334,19 @@ def test_an_interrupt_is_survived_and_a_checkpoint_serves_its_own_training_only(
         return network(w, batch, heads, dropout)
 
     config = dataclasses.replace(SMALL, checkpoint=tmp_path)
-    monkeypatch.setattr(tf, "network", interrupted)
+    monkeypatch.setattr(transformer_train, "network", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fit(block, config)
     monkeypatch.undo()
-    assert [f.name for f in tmp_path.iterdir()] == [tf.CHECKPOINT]  # nothing half-written beside it
-    kept = (tmp_path / tf.CHECKPOINT).read_bytes()
+    assert [f.name for f in tmp_path.iterdir()] == [transformer_train.CHECKPOINT]  # nothing half-written beside it
+    kept = (tmp_path / transformer_train.CHECKPOINT).read_bytes()
     fit(block, dataclasses.replace(config, epochs=1), seed=5)
     assert "going on" not in capsys.readouterr().err
-    (tmp_path / tf.CHECKPOINT).write_bytes(kept)
+    (tmp_path / transformer_train.CHECKPOINT).write_bytes(kept)
     again = fit(block, config)
     assert "going on after epoch 1" in capsys.readouterr().err
     assert all(np.array_equal(member.weights[k], again.weights[k]) for k in member.weights)
-    (tmp_path / tf.CHECKPOINT).write_bytes(kept[: len(kept) // 2])
+    (tmp_path / transformer_train.CHECKPOINT).write_bytes(kept[: len(kept) // 2])
     with pytest.raises(InputError, match="damaged"):
         fit(block, config)
 
@@ -402,12 +398,12 @@ def test_a_learnt_slope_needs_evidence():
     p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
     y = (p.cumsum(axis=1) < rng.random((2_000, 1))).sum(axis=1).astype(np.int8)
     rates = np.log(np.full(3, 1 / 3))
-    slope, offset = tf.fit_slope(z + 5, y, rates, 1.0, SMALL)
+    slope, offset = fit_slope(z + 5, y, rates, 1.0, SMALL)
     assert slope == pytest.approx(1, abs=0.1) and np.ptp(offset) < 0.2
-    few = tf.fit_slope(z, y, rates, 0.01, SMALL)
+    few = fit_slope(z, y, rates, 0.01, SMALL)
     assert 0 < few[0] < slope - 0.1
-    assert tf.fit_slope(z, y, rates, 1e-6, SMALL)[0] == 0 == tf.fit_slope(-z, y, rates, 1.0, SMALL)[0]
-    chance = [tf.fit_slope(rng.normal(size=(300, 3)), rng.integers(0, 3, 300).astype(np.int8), rates, 0.2, SMALL)[0] for _ in range(40)]
+    assert fit_slope(z, y, rates, 1e-6, SMALL)[0] == 0 == fit_slope(-z, y, rates, 1.0, SMALL)[0]
+    chance = [fit_slope(rng.normal(size=(300, 3)), rng.integers(0, 3, 300).astype(np.int8), rates, 0.2, SMALL)[0] for _ in range(40)]
     assert np.median(chance) == 0 and np.mean(chance) < 0.05
 
 
@@ -417,7 +413,7 @@ def test_the_slope_is_lowered_by_its_standard_error_over_many_samples():
         z = rng.normal(size=(400, 3))
         p = np.exp(0.8 * z) / np.exp(0.8 * z).sum(axis=1, keepdims=True)
         y = (p.cumsum(axis=1) < rng.random((400, 1))).sum(axis=1).astype(np.int8)
-        found.append([tf.fit_slope(z, y, np.zeros(3), 1.0, Config(doubt=d))[0] for d in (0.0, 1.0)])
+        found.append([fit_slope(z, y, np.zeros(3), 1.0, Config(doubt=d))[0] for d in (0.0, 1.0)])
     best, lowered = np.array(found).T
     assert (best - lowered).mean() == pytest.approx(best.std(), rel=0.35)
 
@@ -446,7 +442,7 @@ def test_labels_known_too_late_teach_nothing(block):
     study = study_of(block)
     z = gather([block]).sample()
     split = study.split._replace(embargo=SECOND)
-    lessons = tf.Lessons.of(study._replace(split=split), z, SMALL)
+    lessons = transformer_lessons.Lessons.of(study._replace(split=split), z)
     for h in study.usable:
         fit_, calibration = (r[lessons.y[r, h] >= 0] for r in (lessons.fit, lessons.calibration))
         assert len(fit_) and len(calibration)
@@ -457,7 +453,7 @@ def test_labels_known_too_late_teach_nothing(block):
 
 
 def test_exchanging_bid_and_ask_twice_changes_nothing():
-    swap, sign = tf.Mirror.of(tuple(COLUMNS))
+    swap, sign = Mirror.of(tuple(COLUMNS))
     x = np.arange(1.0, len(COLUMNS) + 1)
     once = x[swap] * sign
     assert not np.array_equal(once, x) and np.array_equal(once[swap] * sign, x)
@@ -473,7 +469,7 @@ def test_a_mirrored_window_is_the_window_of_the_mirrored_market(block):
     n, c = len(a["ts"]), 7
     rng = np.random.default_rng(0)
     own = rng.normal(size=(2, c)), rng.uniform(1, 2, (2, c)), tuple(c for c in COLUMNS if c in NAMES)
-    one, two = tf.Data(a, *own).batch(np.arange(n), "cpu", np.ones(n, np.bool_)), tf.Data(b, *own).batch(np.arange(n), "cpu")
+    one, two = Data(a, *own).batch(np.arange(n), "cpu", np.ones(n, np.bool_)), Data(b, *own).batch(np.arange(n), "cpu")
     assert all(np.array_equal(x, y, equal_nan=True) for x, y in zip(one.values, two.values))
 
 
@@ -518,7 +514,7 @@ def test_too_little_is_told(block):
 def test_a_device_out_of_memory_takes_fewer_windows_at_once_and_learns_the_same(block, monkeypatch, capsys):
     import torch
 
-    config, network = dataclasses.replace(SMALL, epochs=1, dropout=0.0), tf.network
+    config, network = dataclasses.replace(SMALL, epochs=1, dropout=0.0), transformer_train.network
 
     def small(w, batch, heads, dropout=0.0):
         if torch.is_grad_enabled() and len(batch.instrument) > 40:
@@ -526,12 +522,12 @@ def test_a_device_out_of_memory_takes_fewer_windows_at_once_and_learns_the_same(
         return network(w, batch, heads, dropout)
 
     usual = fit(block, config)
-    monkeypatch.setattr(tf, "network", small)
+    monkeypatch.setattr(transformer_train, "network", small)
     cramped = fit(block, config)
     assert "32 windows at once" in capsys.readouterr().err
     assert np.allclose(cramped.losses, usual.losses, rtol=1e-4)
 
 
 def test_windows_of_the_whole_stream_fit_in_their_bounds():
-    for steps, name in zip((TICKS, SECONDS, MINUTES), tf.FRAMES):
-        assert steps % (4 * tf.PATCH) == 0, name  # the kernel takes four tokens at a time
+    for steps, name in zip((TICKS, SECONDS, MINUTES), FRAMES):
+        assert steps % (4 * PATCH) == 0, name  # the kernel takes four tokens at a time

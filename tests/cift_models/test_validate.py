@@ -11,20 +11,19 @@ from test_inference import INSTRUMENTS, artifact, join, quotes, source  # noqa: 
 
 from catalog.events import SCALE
 from cift_models import artifacts
+from cift_models.baselines import Baselines, _choose, level1_columns
+from cift_models.calibration import calibration_error
 from cift_models.features import NAMES as FEATURE_NAMES
 from cift_models.inference import Engine, stream
 from cift_models.labels import NEVER, H, Labeller, classify, last_known
+from cift_models.scorecard import lines
 from cift_models.validate import (
     ENOUGH,
-    Baselines,
     Sample,
     adjust,
     block_bootstrap,
-    calibration_error,
     claims,
     evaluate,
-    level1_columns,
-    lines,
     log_loss,
     weighted_f1,
 )  # fmt: skip
@@ -121,23 +120,45 @@ def baselines(study):
     return Baselines.fit(study, ["spread", "a", "never"])
 
 
-def test_persistence_and_time_of_day_are_the_rates_of_the_training_range(study, baselines):
-    t = study.table
-    for h in range(H):
+def test_persistence_and_time_of_day_are_the_rates_of_the_training_range_where_they_tell_anything(study):
+    t, rng = study.table, np.random.default_rng(9)
+    for h, planted in ((0, "last class"), (1, "half hour"), (2, "nothing")):
+        move = t.move.copy()
+        for k in range(2):
+            mine = np.flatnonzero(t.instrument == k)
+            part = (t.ts[mine] // (1_800 * SCALE)) % 3
+            last = np.cumsum(rng.random(len(mine)) < 0.002) % 3  # a class that stays for long
+            cause = {"last class": last, "half hour": part, "nothing": np.zeros(len(mine), np.int64)}[planted]
+            odds = np.where(np.eye(3)[cause] > 0, 0.8, 0.1) if planted != "nothing" else np.full((len(mine), 3), 1 / 3)
+            y = (rng.random(len(mine))[:, None] > odds.cumsum(axis=1)).sum(axis=1)
+            move[mine, h] = np.where(np.isfinite(move[mine, h]), (y - 1) * 99.0, np.nan)
+        made = study._replace(table=t._replace(move=move))
+        b = Baselines.fit(made, ["a"])
         for k in range(2):
             mine = np.flatnonzero((t.instrument == k) & (t.ts < study.split.weigh))
-            y, known = study.classes(h)[mine], t.known_at[mine, h]
-            before = last_known(t.ts[mine], known, y)
-            ok = (known <= study.split.weigh) & (y >= 0)
-            rates = np.bincount(y[ok & (before == 2)], minlength=3) / np.count_nonzero(ok & (before == 2))
-            assert np.allclose(baselines.persistence[k, h, 3], rates, atol=0.05)
-            early = ok & (t.ts[mine] < 1_800 * SCALE)
-            assert np.allclose(baselines.day[k, 0, h], np.bincount(y[early], minlength=3) / early.sum(), atol=0.05)
-    p = baselines.predict(0, t.ts[:50], t.instrument[:50], np.full(50, -1, np.int8), np.full((50, 3), np.nan))
+            y, known = made.classes(h)[mine], t.known_at[mine, h]
+            before, ok = last_known(t.ts[mine], known, y), (known <= study.split.weigh) & (y >= 0)
+            for cells, of in ((b.persistence[k, h, 1:], before), (b.day[k, :3, h], (t.ts[mine] // (1_800 * SCALE)) % 48)):
+                for c in range(3):
+                    there = ok & (of == c)
+                    rates = np.bincount(y[there], minlength=3) / max(1, there.sum())
+                    if planted == "nothing":
+                        assert np.allclose(cells[c], 1 / 3, atol=0.06), "what tells nothing is not followed"
+                    elif (planted == "last class") == (cells.shape[0] == 3 and of is before) and there.sum() > 500:
+                        assert np.allclose(cells[c], rates, atol=0.06)
+    p = b.predict(0, t.ts[:50], t.instrument[:50], np.full(50, -1, np.int8), np.full((50, 1), np.nan))
     assert all(np.allclose(v.sum(axis=1), 1) for v in p.values()) and set(p) == set(Baselines.names)
 
 
-def test_the_logistic_baseline_equals_scikit_learns(study, baselines):
+def test_in_doubt_a_baseline_says_less():
+    rng = np.random.default_rng(0)
+    base = rng.random(1_000)
+    far, near = base + 0.2 + 0.1 * rng.normal(size=1_000), base + 0.001 + 0.1 * rng.normal(size=1_000)
+    assert _choose((1.0, 10.0, 100.0), [base, near, far], 1.0) == 10.0 and _choose((1.0, 10.0), [base, far], 1.0) == 1.0
+    assert _choose((1.0, 10.0), [base, base + 0.2 * rng.choice([-1, 1.2], 1_000)], 0.02) == 10.0, "few independent labels prove nothing"
+
+
+def test_the_logistic_baseline_is_as_good_as_scikit_learns_best(study, baselines):
     from sklearn.linear_model import LogisticRegression
 
     t = study.table
@@ -145,11 +166,12 @@ def test_the_logistic_baseline_equals_scikit_learns(study, baselines):
     place = [NAMES.index(c) for c in ("spread", "a")]
     everything = t.rows[(t.instrument == 1) & (t.ts < study.split.weigh)][:, place].astype(float)
     z = np.nan_to_num((t.rows[mine][:, place].astype(float) - np.nanmean(everything, axis=0)) / np.nanstd(everything, axis=0)).clip(-5, 5)
-    want = LogisticRegression(max_iter=200).fit(z, study.classes(2)[mine]).predict_proba(z)
+    y = study.classes(2)[mine]
     x = t.rows[mine][:, [NAMES.index(c) for c in ("spread", "a", "never")]].astype(float)
     got = baselines.predict(2, t.ts[mine], t.instrument[mine], np.zeros(len(mine), np.int8), x)["level-1 logistic"]
-    assert np.allclose(got, want, atol=2e-3)
-    assert log_loss(got, study.classes(2)[mine]).mean() < log_loss(np.full_like(got, 1 / 3), study.classes(2)[mine]).mean() - 0.05
+    best = min(log_loss(LogisticRegression(C=c, max_iter=200).fit(z, y).predict_proba(z), y).mean() for c in (1.0, 0.1, 0.01, 0.001))
+    assert log_loss(got, y).mean() == pytest.approx(best, abs=0.01), "as good as the best ridge in the sample, but for what choosing costs"
+    assert log_loss(got, y).mean() < np.log(3) - 0.05
     assert INPUTS[0] == "spread"
 
 
@@ -206,17 +228,13 @@ def test_in_a_planted_market_the_models_beat_what_knows_no_book_and_in_a_null_ma
     engine = Engine.load(artifact, INSTRUMENTS)
     _, planted = scored(engine, artifact, quotes(11, 12_000))
     for row in (r for r in planted["table"] if r["horizon"] == "500ms"):
-        assert row["verdict"] == "sufficient" and row["leak_gap"] > 3, "persistence of the label stays behind: nothing leaks"
+        assert row["verdict"] == "sufficient" and row["leak_gap"] > 2, "persistence of the label stays behind: nothing leaks"
         assert all(row["gain"][name]["interval"][0] > 0 for name in ("persistence", "time of day"))
         assert row["gain"]["level-1 logistic"]["interval"][1] > 0, "the planted effect is in level 1, where the logistic sees it too"
     engine.reset()
     _, null = scored(engine, artifact, quotes(12, 12_000, signal=0.0))
     assert null["claims"] == []
-    text = lines(null)
-    tested = [r for r in null["table"] if r.get("gain")]
-    sets = sum(1 for r in tested if r["mcs"]["p"])
-    assert all(len(line) < 140 for line in text) and len(text) == 1 + 2 * H + 1 + len(tested) + sets + 2 and len(tested) >= H
-    assert text[-2] == "beats every baseline: nowhere, by Holm-adjusted tests"
+    assert list(lines(null))[-2] == "beats every baseline: nowhere, by Holm-adjusted tests"
     for row in (r for r in planted["table"] if r["horizon"] == "500ms"):
         assert set(row["member_gain"]) == {"hmm", "fusion"} and "ensemble" in row["mcs"]["p"]
         assert "persistence" not in row["mcs"]["included"] and row["gain"]["persistence"]["p_holm"] < 0.01
@@ -242,4 +260,4 @@ def test_the_sample_holds_the_labels_of_its_decisions(artifact):  # noqa: F811
 def test_level_one_columns_are_there_on_any_feed():
     assert {"spread", "imbalance_1"} <= set(level1_columns()) <= set(FEATURE_NAMES)
     assert "mid" not in level1_columns()
-    assert artifacts.FORMAT == 1
+    assert artifacts.FORMAT == 2

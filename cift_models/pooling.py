@@ -1,0 +1,189 @@
+"""A log-linear pool of the members' votes: what each adds to the class rates, in log-odds, with a weight of its own in every regime.
+
+Takes votes, outcomes and regimes of decisions that no member was fitted on; gives a :class:`Pool`, and its forecasts for each stretch of
+time when it is fitted on the others. Where members know different things the pool is sharper than each of them, which no mean of
+probabilities can be (Genest and Zidek 1986; Ranjan and Gneiting 2010); its constants calibrate what comes out.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+SOFT: Final = 1e-4  # every vote is mixed with this much of the uniform one, so that no loss is infinite
+STRETCHES: Final = 4  # of time, for forecasts of decisions that the pool was not fitted on
+ROWS: Final = 40_000  # decisions of a horizon that a pool is fitted on
+# beliefs before any label, as precisions: of a weight around equal shares, of a regime's weight around that of all, of a constant around 0
+EVEN: Final = 5.0
+ALIKE: Final = 30.0
+PLAIN: Final = 30.0
+RATES: Final = 100.0  # of class rates, in independent labels: an instrument's are those of all, and those even
+
+
+class Pool(NamedTuple):
+    """log P(y) = log rate_y + bias_y + sum over members awake of weight (log p_y - log rate_y), normalised; N members, H horizons."""
+
+    weight: F64  # (R + 1, H, N) >= 0, the last row for an unknown regime
+    bias: F64  # (H, 3)
+    rate: F64  # (I, H, 3) class rates of an instrument
+
+
+@njit(cache=True, nogil=True)
+def pooled(votes, weight, bias, rate, out):  # type: ignore[no-untyped-def]
+    """The pool of votes (N, 3), softened, NaN asleep, into `out` (3,); NaN where all are asleep."""
+    awake, top, total = False, -np.inf, 0.0
+    for y in range(3):
+        out[y] = np.log(rate[y]) + bias[y]
+    for a in range(len(votes)):
+        if votes[a, 0] == votes[a, 0]:
+            awake = True
+            for y in range(3):
+                out[y] += weight[a] * (np.log(votes[a, y]) - np.log(rate[y]))
+    for y in range(3):
+        top = max(top, out[y])
+    for y in range(3):
+        out[y] = np.exp(out[y] - top)
+        total += out[y]
+    for y in range(3):
+        out[y] = out[y] / total if awake else np.nan
+
+
+@njit(cache=True, nogil=True)
+def pooled_all(votes, regime, instrument, weight, bias, rate, out):  # type: ignore[no-untyped-def]
+    """:func:`pooled` of one horizon's decisions: votes (n, N, 3), weight (R + 1, N), rate (I, 3), out (n, 3)."""
+    for i in range(len(votes)):
+        pooled(votes[i], weight[regime[i]], bias, rate[instrument[i]], out[i])
+
+
+@njit(cache=True, nogil=True)
+def settle(w, p, eta, share):  # type: ignore[no-untyped-def]
+    """One Hedge update with fixed share (Herbster and Warmuth 1998) of the weights w (2,) of mixture and pool, which gave what happened
+    the probabilities p (2,); returns the loss of both together."""
+    total, both = w[0] + w[1], 0.0
+    mean = (w[0] * p[0] + w[1] * p[1]) / total
+    for a in range(2):
+        w[a] *= p[a] ** eta
+        both += w[a]
+    for a in range(2):
+        w[a] = (1 - share) * w[a] / both + share / 2
+    return -np.log(mean)
+
+
+@njit(cache=True, nogil=True)
+def _blend(ts, known_at, order, regime, y, mix, pool, eta, share, w, out):  # type: ignore[no-untyped-def]
+    p, o = np.empty(2), 0
+    for c in range(len(ts)):
+        while o < len(order) and known_at[order[o]] <= ts[c]:
+            i = order[o]
+            if y[i] >= 0 and mix[i, 0] == mix[i, 0] and pool[i, 0] == pool[i, 0]:
+                p[0], p[1] = mix[i, y[i]], pool[i, y[i]]
+                settle(w[regime[i]], p, eta, share)
+            o += 1
+        b = w[regime[c]]
+        for k in range(3):
+            out[c, k] = (b[0] * mix[c, k] + b[1] * pool[c, k]) / (b[0] + b[1]) if pool[c, k] == pool[c, k] else mix[c, k]
+
+
+def class_rates(y: NDArray[np.int8], instrument: I64, instruments: int, worth: float) -> F64:
+    """(I, 3): class rates of each instrument, drawn towards those of all; the labels y (n,) in 0..2 count as `worth` independent ones."""
+    own = np.stack([np.bincount(y[instrument == k], minlength=3) for k in range(instruments)]) * (worth / max(1, len(y)))
+    all_ = own.sum(axis=0) + RATES / 3
+    return (own + RATES * all_ / all_.sum()) / (own.sum(axis=1, keepdims=True) + RATES)
+
+
+def fit_horizon(votes: F64, y: NDArray[np.int8], regime: I64, rate: F64, worth: float, regimes: int) -> tuple[F64, F64]:
+    """Weights (regimes, N) and constants (3,) of one horizon, by penalised likelihood: the most probable under the beliefs above.
+
+    `votes` (n, N, 3) softened, NaN asleep; `y` (n,); `regime` (n,), the last one unknown; `rate` (n, 3). The n labels overlap: together
+    they count as `worth` independent ones. A member that is always asleep has weight 0.
+    """
+    from scipy.optimize import minimize
+
+    tilt = np.nan_to_num(np.log(votes) - np.log(rate)[:, None])
+    n, members, _ = tilt.shape
+    awake = np.isfinite(votes[:, :, 0]).any(axis=0)
+    even, scale, at = awake / max(1, int(awake.sum())), worth / max(1, n), np.arange(n)
+    base = np.log(rate)
+
+    def loss(x: F64) -> tuple[float, F64]:
+        common, own, bias = x[:members], x[members:-3].reshape(regimes, members), x[-3:]
+        z = base + bias + np.einsum("na,nay->ny", own[regime], tilt)
+        z -= z.max(axis=1, keepdims=True)
+        p = np.exp(z)
+        total = p.sum(axis=1)
+        value = scale * (np.log(total) - z[at, y]).sum()
+        p /= total[:, None]
+        p[at, y] -= 1
+        g_own = np.zeros((regimes, members))
+        np.add.at(g_own, regime, scale * np.einsum("ny,nay->na", p, tilt))
+        apart = own - common
+        value += 0.5 * (EVEN * ((common - even) ** 2).sum() + ALIKE * (apart**2).sum() + PLAIN * (bias**2).sum())
+        g_common = EVEN * (common - even) - ALIKE * apart.sum(axis=0)
+        return float(value), np.concatenate([g_common, (g_own + ALIKE * apart).ravel(), scale * p.sum(axis=0) + PLAIN * bias])
+
+    first = np.concatenate([np.tile(even, regimes + 1), np.zeros(3)])
+    bounds = [(0.0, None if w else 0.0) for w in np.tile(awake, regimes + 1)] + [(None, None)] * 3
+    x = minimize(loss, first, jac=True, method="L-BFGS-B", bounds=bounds).x
+    return x[members:-3].reshape(regimes, members), x[-3:]
+
+
+def soften(votes: NDArray[Any]) -> F64:
+    return (votes.astype(np.float64) + SOFT) / (1 + 3 * SOFT)
+
+
+def fit_pool(
+    votes: NDArray[Any], y: NDArray[np.int8], regime: I64, ts: I64, known_at: I64, instrument: I64, worth: F64, instruments: int,
+    regimes: int,
+) -> tuple[Pool, F64]:  # fmt: skip
+    """The pool of all decisions, and (n, H, 3) forecasts of each from a pool fitted on the other stretches of time.
+
+    `votes` (n, N, H, 3), NaN asleep; `y` (n, H), -1 no label; `regime` (n,) in 0..regimes - 1; `worth` (H,) independent labels. A label
+    that overlaps with one of a stretch, by `known_at` (n, H), teaches nothing about it.
+    """
+    n, members, h_n, _ = votes.shape
+    pool = Pool(np.zeros((regimes, h_n, members)), np.zeros((h_n, 3)), np.full((instruments, h_n, 3), 1 / 3))
+    out = np.full((n, h_n, 3), np.nan)
+    edges = ts[np.minimum(np.arange(STRETCHES + 1) * n // STRETCHES, n - 1)] if n else np.zeros(STRETCHES + 1, np.int64)
+    edges[-1] += 1
+    for h in range(h_n):
+        p, known = soften(votes[:, :, h]), y[:, h] >= 0
+        for a, b in [*itertools.pairwise(edges), (0, 0)]:
+            mine = np.flatnonzero(known & (ts >= a) & (ts < b))
+            until = known_at[mine, h].max(initial=b)
+            rows = np.flatnonzero(known & ((known_at[:, h] <= a) | (ts >= until)) if b else known)
+            share = worth[h] * len(rows) / max(1, known.sum())
+            rate = class_rates(y[rows, h], instrument[rows], instruments, share)
+            some = rows[:: max(1, -(-len(rows) // ROWS))]
+            weight, bias = fit_horizon(p[some], y[some, h], regime[some], rate[instrument[some]], share, regimes)
+            if b:
+                mine = np.flatnonzero((ts >= a) & (ts < b))
+                told = np.empty((len(mine), 3))
+                pooled_all(p[mine], regime[mine], instrument[mine], weight, bias, rate, told)
+                out[mine, h] = told
+            else:
+                pool.weight[:, h], pool.bias[h], pool.rate[:, h] = weight, bias, rate
+    return pool, out
+
+
+def blend(
+    ts: I64, known_at: I64, regime: I64, y: NDArray[np.int8], mix: F64, pool: F64, eta: F64, share: float, regimes: int
+) -> tuple[F64, F64]:
+    """Mixture and pool together, along the stream: forecasts (n, H, 3) with the weights as they were then, and the last ones (R + 1, H, 2).
+
+    Each outcome counts from the first decision at which it is known; both start with half of the weight.
+    """
+    n, h_n = y.shape
+    weights, out = np.full((regimes, h_n, 2), 0.5), np.empty((n, h_n, 3))
+    for h in range(h_n):
+        order, w, told = np.argsort(known_at[:, h], kind="stable"), weights[:, h].copy(), np.empty((n, 3))
+        held = [np.ascontiguousarray(a[:, h]) for a in (mix, pool)]
+        label = y[:, h].astype(np.int64)
+        _blend(ts, np.ascontiguousarray(known_at[:, h]), order, regime, label, held[0], held[1], eta[h], share, w, told)
+        weights[:, h], out[:, h] = w, told
+    return out, weights

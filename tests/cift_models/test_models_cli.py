@@ -1,0 +1,102 @@
+"""The command line: train, inspect, evaluate and ablate follow on one another, print what they found, and refuse what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from quote_catalog import quote_catalog
+from test_inference import START
+from typer.testing import CliRunner
+
+from catalog.errors import InputError
+from catalog.events import SCALE
+from cift_models import artifacts
+from cift_models.__main__ import app
+from cift_models.describe import describe
+
+
+def run(*words) -> str:
+    got = CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
+    assert got.exit_code == 0
+    return got.stdout
+
+
+@pytest.fixture(scope="module")
+def market(tmp_path_factory) -> Path:
+    return quote_catalog(tmp_path_factory.mktemp("cli") / "quotes", updates=9_000, gap_ms=60.0)
+
+
+@pytest.fixture(scope="module")
+def trained(market) -> Path:
+    out, how = market.parent / "models", market.parent / "how.toml"
+    how.write_text("[train]\ncap = 6000\nseeds = 2\n[fusion]\nrounds = 15\nthreads = 1\n")
+    words = "train", "--catalog", market, "--end", START + 400 * SCALE, "--only", "hmm,fusion", "--config", how, "--seed", 3, "--out", out
+    assert run(*words).splitlines()[-1] == str(out)
+    return out
+
+
+def test_settings_come_from_the_file_unless_they_are_typed(trained):
+    m = artifacts.read(trained).manifest
+    assert m["settings"]["train"] | {"cap": 6000, "seeds": 2, "folds": 2} == m["settings"]["train"] and m["seed"] == 3
+    assert m["settings"]["fusion"]["rounds"] == 15 and m["folds"][-1]["seeds"]["values"] == [3, 4]
+
+
+def test_inspect_tells_all_that_lies_in_an_artifact(trained):
+    m, text = artifacts.read(trained).manifest, run("inspect", trained)
+    for name, path in m["members"].items():
+        assert f"member {name} ({path})" in text
+    assert "looks at (share of the gain" in text and "low_volatility: trend" in text and "[fusion] " in text and "rounds=15" in text
+    for k, fold in enumerate(m["folds"]):
+        assert f"fold {k + 1} of 2" in text and f"kept {fold['seeds']['kept']}" in text
+    losses = m["folds"][-1]["seeds"]["log_loss"]["500ms"]["fusion"]
+    assert f"fusion {sum(losses) / 2:.4f} ({min(losses):.4f} to {max(losses):.4f})" in text
+    assert "on what follows the fold:" in text and "level-1 logistic" in text and "ensemble: weights of hmm, fusion" in text
+    assert all(name in text for name in m["files"])
+
+
+def test_a_member_that_is_not_allowed_by_name_is_listed_and_not_asked(trained):
+    found = artifacts.read(trained)
+    other = found._replace(manifest=found.manifest | {"members": {"fusion": "os:system"}})
+    text = list(describe(other))
+    assert "member fusion (os:system)" in text and not any("looks at" in line for line in text)
+
+
+def test_evaluate_prints_a_table_and_writes_it(market, trained, tmp_path):
+    text = run("evaluate", "--catalog", market, "--artifacts", trained, "--out", tmp_path / "scores.json")
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    row = next(r for r in scores["table"] if r["horizon"] == "500ms")
+    assert f"{row['instrument']} 500ms: {row['n']:,} decisions, {row['effective']:,} independent labels, sufficient" in text
+    models = {"ensemble": row["ensemble"], **row["members"], **row["baselines"]}
+    assert models.keys() == {"ensemble", "hmm", "fusion", "persistence", "time of day", "level-1 logistic"}
+    for name, s in models.items():
+        line = next(x for x in text.splitlines() if x.startswith(f"  {name:<18}") and f"{s['log_loss']:.4f}" in x)
+        for figure in (f"{s['macro_f1']:.3f}", f"{s['weighted_f1']:.3f}", f"{s['ece']:.3f}", *(f"{v:.4f}" for v in s["log_loss_interval"])):
+            assert figure in line
+        if name in row["gain"]:
+            assert f"{row['gain'][name]['mean']:+.4f}" in line and f"{row['gain'][name]['p_holm']:.3f}" in line
+        assert line.endswith("yes" if name in row["mcs"]["included"] else "no")
+    assert "beats every baseline: " in text and json.loads(run("evaluate", "--catalog", market, "--artifacts", trained, "--json")) == scores
+
+
+def test_ablate_prints_a_line_for_each_member_and_horizon(market, trained):
+    found = json.loads(run("ablate", "--catalog", market, "--artifacts", trained, "--json"))
+    text = run("ablate", "--catalog", market, "--artifacts", trained)
+    for name in ("hmm", "fusion"):
+        assert f"{found['members'][name]['500ms']['cost']['mean']:+.5f}" in text and f"{name}: votes in " in text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "--out", "a", "--config", "none.toml"], r"cannot read none\.toml"),
+        (["train", "--out", "a", "--only", "lstm"], "no member named lstm: choose among"),
+        (["evaluate", "--artifacts", "nothing"], "manifest.json is missing"),
+        (["evaluate", "--artifacts", "nothing", "--out", "no/such/file"], "no place for a file"),
+        (["ablate", "--artifacts", "nothing"], "manifest.json is missing"),
+    ],
+)
+def test_what_is_wrong_is_said(market, words, said):
+    with pytest.raises(InputError, match=said):
+        run(words[0], "--catalog", market, *words[1:])
