@@ -1,12 +1,12 @@
 """The messages that actors and strategies pass: FeatureVector -> Prediction -> Signal. Immutable; Python objects on Nautilus's bus.
 
-Arrays inside are views of buffers that are written once: a subscriber may keep them and must not write to them.
+Arrays inside are views of buffers that are not written again while anyone holds them: a subscriber may keep them, not write to them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,16 +16,37 @@ PREDICTIONS: Final = "cift.predictions"
 SIGNALS: Final = "cift.signals"
 
 
-@dataclass(frozen=True, slots=True)
-class FeatureVector:
-    """What one callback brought: the events of one instrument and the book and features after each of them."""
-
+class _Fields(NamedTuple):
     instrument: int  # index into the instrument table
     ts: int  # ts_init of the newest event, ns
-    events: NDArray[Any]  # EVENT (n,)
-    rows: NDArray[np.float64]  # (n, len(NAMES))
-    closes: tuple[int, ...]  # rows at which a batch closes, ascending
-    touch: tuple[int, int] = (0, 0)  # size at the best bid and ask after the last event, 1e-9 units; told where a batch closes
+    block: NDArray[Any]  # EVENT (m,) and the rows of features (m, len(NAMES)) in which this vector's lie from `first` to before `stop`
+    matrix: NDArray[np.float64]
+    first: int
+    stop: int
+    closes: tuple[int, ...]  # rows of the vector at which a batch closes, ascending
+    touch: tuple[int, int]  # size at the best bid and ask after the last event, 1e-9 units; told where a batch closes
+
+
+class FeatureVector(_Fields):
+    """What one callback brought: the events of one instrument and the book and features after each of them."""
+
+    __slots__ = ()
+
+    def __new__(
+        cls, instrument: int, ts: int, events: NDArray[Any], rows: NDArray[np.float64], closes: tuple[int, ...],
+        touch: tuple[int, int] = (0, 0),
+    ) -> FeatureVector:  # fmt: skip
+        return tuple.__new__(cls, (instrument, ts, events, rows, 0, len(events), closes, touch))
+
+    @property
+    def events(self) -> NDArray[Any]:
+        """EVENT (n,)."""
+        return self.block[self.first : self.stop]
+
+    @property
+    def rows(self) -> NDArray[np.float64]:
+        """(n, len(NAMES))."""
+        return self.matrix[self.first : self.stop]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +88,4 @@ class Signal:
     limit: int  # price limits, 1e-9 units
     stop: int
     target: int
+    entry: str = "cross"  # or a resting order: "join" at the touch, "improve" a tick inside it

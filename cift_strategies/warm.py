@@ -17,6 +17,7 @@ def main() -> None:
     from cift_models.hmm import Measures
     from cift_models.inference import Engine, stream
     from cift_models.labels import H, Labeller
+    from cift_strategies import intake
 
     table = [Instrument("WARM.UP", SCALE // 100, SCALE, 1.0, "USD")]
     events = np.zeros(400, EVENT)
@@ -27,6 +28,7 @@ def main() -> None:
     events["price"] = 100 * SCALE - events["side"].astype(np.int64) * (1 + n % 5) * (SCALE // 100)
     events["action"] = np.where(n % 9 == 8, TRADE, ADD)
     check([events], table)
+    intake.warm(table[0])
     engine = Engine(table, ["WARM.UP"], NAMES, [], Ensemble.even(tuple(MEMBERS), np.ones((1, H)), np.ones(H)))
     labeller, measures = Labeller(table), Measures(table, NAMES)
     for block in stream(table, [events]):

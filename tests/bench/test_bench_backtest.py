@@ -1,6 +1,6 @@
 """How much of an empty strategy's speed is left when features, or features and predictions, go through BacktestNode.
 
-Ratios of events per second in one run on the Binance recording; the figures are printed as extra_info.
+Ratios of events per second of CPU time in one run on the Binance recording; the figures are printed as extra_info.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def empty(root: Path, instruments: list[Instrument], chunk_size: int | None) -> 
     node, strategy = BacktestNode([config]), Empty(ids)
     node.build()
     node.add_strategy(config.id, strategy)
-    began = time.perf_counter()
+    began = time.process_time()
     node.run()
-    took = time.perf_counter() - began
+    took = time.process_time() - began
     node.dispose()
     return strategy.n, took
 
@@ -82,9 +82,9 @@ class Features:
         add_actor(self.actor)
 
     def run(self, replay: Replay) -> tuple[int, float]:
-        began = time.perf_counter()
+        began = time.process_time()
         _, node, _ = run_backtest(self, replay, self.faults)  # type: ignore[arg-type]
-        took = time.perf_counter() - began
+        took = time.process_time() - began
         node.dispose()
         return self.actor.vectors, took
 
@@ -118,4 +118,4 @@ def test_features_through_the_node_beside_an_empty_strategy(benchmark: Any, bina
     benchmark.extra_info["ratio"] = round(best["features"] / best["empty"], 3)
     benchmark.extra_info["ratio to chunked"] = round(best["features"] / best["empty, chunked"], 3)
     print(benchmark.extra_info)
-    assert benchmark.extra_info["ratio"] >= 0.3
+    assert benchmark.extra_info["ratio"] >= 0.5

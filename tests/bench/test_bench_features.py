@@ -13,10 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from nautilus_trader.model import BookAction, BookOrder, InstrumentId, OrderBookDelta, OrderBookDeltas, OrderSide, Price, Quantity
 
 from catalog.book import depth
 from catalog.events import EVENT, SCALE, Instrument, read_catalog, read_dbn
 from cift_models.features import NAMES, new_state, replay
+from cift_strategies.intake import Intake
+from cift_strategies.translate import UNIT
 
 pytestmark = pytest.mark.benchmark(timer=time.process_time)  # CPU time, so that a busy machine distorts ratios less
 HERE = Path(__file__).parent
@@ -116,6 +119,26 @@ def test_one_event_from_python(benchmark, es):
         "microseconds_per_event": 1e6 * benchmark.stats.stats.min / len(events),
         "ratio_to_replay": benchmark.stats.stats.min / (time.process_time() - start),
     }
+
+
+def test_one_message_of_nautilus(benchmark, es):
+    """Live, each delta comes in a message of its own: from there to its vector, closes and all."""
+    events, instrument = es
+    id_, count = InstrumentId.from_str(instrument.id), 20_000
+    actions = {ord("A"): BookAction.ADD, ord("M"): BookAction.UPDATE, ord("C"): BookAction.DELETE, ord("R"): BookAction.CLEAR}
+    messages = []
+    for e in events[events["action"] != ord("T")][:count].tolist():
+        price, size = Price.from_raw(e[2] * UNIT, 2), Quantity.from_raw(max(e[3], SCALE) * UNIT, 0)
+        order = BookOrder(OrderSide.BUY if e[7] > 0 else OrderSide.SELL, price, size, e[4])
+        messages.append(OrderBookDeltas(id_, [OrderBookDelta(id_, actions[e[6]], order, e[8], e[5], e[0], e[1])]))
+
+    def stream():  # type: ignore[no-untyped-def]
+        take = Intake([instrument]).deltas
+        for message in messages:
+            take(message)
+
+    benchmark.pedantic(stream, rounds=5, warmup_rounds=1)
+    benchmark.extra_info["microseconds_per_message"] = 1e6 * benchmark.stats.stats.min / count
 
 
 def test_a_crowd_of_orders(benchmark):

@@ -52,6 +52,7 @@ def test_every_field_of_a_delta_is_exact(rows: list[tuple[Any, ...]]) -> None:
     got = Translator([SHARE]).deltas(OrderBookDeltas(ID, made))
     for e, ((_, action), (_, side), price, size, order_id, flags, sequence, ts) in zip(got, rows, strict=True):
         level = F_MBP if order_id == 0 and action != "R" else 0
+        price, size = (0, 0) if action == "R" else (price, size)
         assert tuple(e) == (ts, ts + 5, price, size, order_id, sequence, ord(action), side, flags | level, 0)
 
 
