@@ -1,0 +1,1 @@
+"""Where live data come from: Databento and Polygon, and a local gateway that plays files over Databento's live protocol."""

@@ -1,0 +1,363 @@
+"""Our data client of Databento's live protocol: what a node receives from it are the rows that an import of the same records gives.
+
+Takes records of a :class:`~.wire.Wire`; gives Nautilus order book deltas, trades, quotes and instruments. As :mod:`catalog.importer` does,
+`ts_event` is the venue's stamp, `ts_init` the time of capture, moved so that the venue's order is kept; a cancel of a part of an order
+becomes an update; unknown orders are counted. Every (re)connection asks for a snapshot of the book; a line that brings gaps or disorder is
+taken for lost and made anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+from nautilus_trader.common import Logger
+from nautilus_trader.config import DataClientConfig
+from nautilus_trader.live import InstrumentResponse, RoutingConfig
+from nautilus_trader.live.clients import DataClientFactory, MarketDataClient
+from nautilus_trader.model import (
+    FIXED_PRECISION,
+    AggressorSide,
+    BookAction,
+    BookOrder,
+    InstrumentId,
+    OrderBookDelta,
+    OrderBookDeltas,
+    OrderSide,
+    Price,
+    Quantity,
+    QuoteTick,
+    TradeId,
+    TradeTick,
+)
+from numpy.typing import NDArray
+
+from catalog.dbn import MBO
+from catalog.definitions import Definition, definition
+from catalog.errors import InputError
+from catalog.events import CLEAR, F_LAST, F_MBP, F_SNAPSHOT, F_TOB, TRADE, Instrument
+from catalog.importer import nautilus_instrument
+from cift_strategies.feeds.health import Health
+from cift_strategies.feeds.rows import Rows
+from cift_strategies.feeds.wire import BrokenError, RefusedError, Wire, connect
+
+Array = NDArray[Any]
+SETTLE_S: Final = 0.05  # a node makes its subscriptions one by one
+STEP: Final = 512  # records handed on between two turns of the node's loop
+TURN: Final = 16  # records that the node takes in a turn, at least
+WAITS: Final = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before the next try to connect
+REFUSALS: Final = 3  # in a row, before the key is taken for wrong
+NUMBERED: Final = 1_000  # records from which on it can be told whether the feed delivers every sequence number
+GAP_SHARE: Final = 0.01  # a feed that skips more of its numbers numbers more than we are sent
+MBO_TYPE, DEFINITION_TYPE, ERROR_TYPE, MAPPING_TYPE, SYSTEM_TYPE = 0xA0, 0x13, 0x15, 0x16, 0x17
+LEVELS: Final = {0x00: "trades", 0x01: "mbp-1", 0x0A: "mbp-10"}
+UNIT: Final = 10 ** (FIXED_PRECISION - 9)
+_ACTION: Final = {ord("A"): BookAction.ADD, ord("M"): BookAction.UPDATE, ord("C"): BookAction.DELETE, CLEAR: BookAction.CLEAR}
+_SIDE: Final = {1: OrderSide.BUY, -1: OrderSide.SELL, 0: OrderSide.NO_ORDER_SIDE}
+_AGGRESSOR: Final = {1: AggressorSide.BUY, -1: AggressorSide.SELL, 0: AggressorSide.NO_AGGRESSOR}
+_dbn: Any = importlib.import_module("databento_dbn")
+
+
+@dataclass(slots=True)
+class Link:
+    """What a runner may look at while the client works, and after it failed."""
+
+    health: Health
+    fault: InputError | None = None  # what the user has to mend
+    said: deque[str] = field(default_factory=lambda: deque(maxlen=100))  # warnings, and messages of the gateway
+    counts: Counter[str] = field(default_factory=Counter)  # records by kind, sessions, partial cancels, orders of snapshots
+
+    def statistics(self) -> dict[str, Any]:
+        return {**self.counts, "health": self.health.counts()}
+
+
+class DirectConfig(DataClientConfig):
+    """See :func:`cift_strategies.feeds.databento.client`, which makes it. The key is not in it."""
+
+    def __new__(cls, **kw: Any) -> DirectConfig:
+        return super().__new__(cls, routing=RoutingConfig(default=True))
+
+    def __init__(self, *, instruments: Sequence[Instrument], dataset: str, host: str, port: int, health: Health) -> None:
+        self.instruments, self.dataset, self.host, self.port = tuple(instruments), dataset, host, port
+        self.link = Link(health)
+
+
+class DirectFactory(DataClientFactory):
+    """Makes the client; holds the key, so that it is in no configuration."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    def create(self, *, name: str, config: Any, cache: Any, clock: Any) -> DirectClient:  # type: ignore[override]
+        return DirectClient(self._key, name=name, config=config, cache=cache, clock=clock)
+
+
+class DirectClient(MarketDataClient):
+    """The data client; made by :class:`DirectFactory`."""
+
+    config: DirectConfig
+
+    def __init__(self, key: str, *, name: str, config: DirectConfig, cache: Any, clock: Any) -> None:
+        super().__init__(name=name, config=config, cache=cache, clock=clock)
+        self._key, self._link, self._log = key, config.link, Logger(name)
+        self._symbols = [x.id.rsplit(".", 1)[0] for x in config.instruments]
+        self._ids = [InstrumentId.from_str(x.id) for x in config.instruments]
+        self._index = {i: k for k, i in enumerate(self._ids)}
+        self._rows = Rows(config.instruments)
+        self._pulse = [config.link.health.row(x.id) for x in config.instruments]
+        self._wanted: dict[str, list[str]] = {}
+        self._wire: Wire | None = None
+        self._running = False
+        self._begin = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: Any = None
+        self._open: list[list[OrderBookDelta]] = [[] for _ in self._ids]
+        self._prices: list[dict[int, Price]] = [{} for _ in self._ids]
+        self._sizes: list[dict[int, Quantity]] = [{} for _ in self._ids]
+        self._bids: dict[int, tuple[Price, Quantity]] = {}
+        self._sequence, self._steps, self._skips = 0, 0, 0
+        self._newest = 0
+        self._unknown = 0
+
+    # --- connection -------------------------------------------------------------------------------------------------------------------
+
+    async def _connect(self) -> None:
+        for x in self.config.instruments:
+            self._handle_instrument(nautilus_instrument(Definition(x, x.id.rsplit(".", 1)[0])))
+        self._wire = await self._try()
+        self._task = self.create_task(self._run(), "databento")
+
+    async def _disconnect(self) -> None:
+        if self._wire is not None:
+            self._wire.close()
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _try(self) -> Wire:
+        """Connect; wait and try again where nobody answers. Raises InputError where the key is refused."""
+        where, refused = f"{self.config.host}:{self.config.port}", 0
+        for n in range(1_000_000):
+            try:
+                return await connect(self.config.host, self.config.port, self._key, self.config.dataset)
+            except RefusedError as e:
+                refused += 1
+                why = str(e)
+                if refused == REFUSALS:
+                    self._link.fault = InputError(f"Databento refused the key or the dataset {self.config.dataset} ({why}): check both")
+                    self._say(str(self._link.fault))
+                    raise self._link.fault from None
+            except (OSError, TimeoutError) as e:
+                why = str(e) or type(e).__name__
+            wait = WAITS[min(n, len(WAITS) - 1)]
+            self._say(f"Databento's gateway at {where} cannot be reached ({why}): trying again in {wait:g} s")
+            await asyncio.sleep(wait)
+        raise AssertionError
+
+    async def _run(self) -> None:
+        await self._begin.wait()
+        while True:
+            assert self._wire is not None
+            try:
+                await self._session(self._wire)
+            except (BrokenError, OSError) as e:
+                self._say(f"the line to Databento is lost ({e}): connecting again")
+            finally:
+                self._running = False
+                self._wire.close()
+            for group in self._open:
+                group.clear()
+            self._wire = await self._try()
+            self._link.health.reconnected()
+
+    async def _session(self, wire: Wire) -> None:
+        self._link.counts["sessions"] += 1
+        self._sequence, self._steps, self._skips, self._newest = 0, 0, 0, 0
+        for schema, symbols in self._wanted.items():
+            wire.subscribe(schema, symbols, snapshot=schema == "mbo")
+        wire.start()
+        self._running = True
+        async for data, at in wire.pieces():
+            await self._take(data, at)
+
+    def _say(self, what: str) -> None:
+        self._link.said.append(what)
+        self._log.warning(what)
+
+    # --- subscriptions ----------------------------------------------------------------------------------------------------------------
+
+    def _want(self, schema: str, id_: InstrumentId) -> None:
+        if id_ not in self._index:
+            raise InputError(f"{id_} is none of the client's instruments")
+        symbol = self._symbols[self._index[id_]]
+        if symbol in (known := self._wanted.setdefault(schema, [])):
+            return
+        known.append(symbol)
+        if self._running and self._wire is not None:
+            self._wire.subscribe(schema, [symbol], snapshot=schema == "mbo")
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(SETTLE_S, self._begin.set)
+
+    async def _subscribe_book_deltas(self, command: Any) -> None:
+        level = self.config.instruments[self._index[command.instrument_id]].level if command.instrument_id in self._index else 3
+        self._want("mbo" if level == 3 else "mbp-10", command.instrument_id)
+
+    async def _subscribe_quotes(self, command: Any) -> None:
+        self._want("mbp-1", command.instrument_id)
+
+    async def _subscribe_trades(self, command: Any) -> None:
+        k = self._index.get(command.instrument_id, -1)
+        if k >= 0 and self.config.instruments[k].level > 0:
+            return  # they come with the orders, levels or quotes
+        self._want("trades", command.instrument_id)
+
+    async def _subscribe_instrument(self, command: Any) -> None:
+        self._want("definition", command.instrument_id)
+
+    async def _subscribe_instruments(self, command: Any) -> None:
+        pass  # given at the start
+
+    async def _unsubscribe_book_deltas(self, command: Any) -> None:
+        pass  # the service knows no unsubscribing; the node passes over what nobody wants
+
+    _unsubscribe_quotes = _unsubscribe_trades = _unsubscribe_instrument = _unsubscribe_instruments = _unsubscribe_book_deltas
+
+    async def _request_instrument(self, request: Any) -> None:
+        x = self.config.instruments[self._index[request.instrument_id]]
+        found = nautilus_instrument(Definition(x, x.id.rsplit(".", 1)[0]))
+        now = self.clock.timestamp_ns()
+        self._handle_response(InstrumentResponse(self.client_id, request.instrument_id, found, request.request_id, now))
+
+    # --- records ----------------------------------------------------------------------------------------------------------------------
+
+    async def _take(self, data: Array, at: Array) -> None:
+        """Records in order, runs of one type at a time; the node gets its turns between."""
+        types = data[at + 1]
+        cuts = np.flatnonzero(np.diff(types)) + 1
+        for a, b in zip([0, *cuts.tolist()], [*cuts.tolist(), len(at)]):
+            for n in range(a, b, STEP):
+                m = min(b, n + STEP)
+                last = int(at[m]) if m < len(at) else len(data)
+                handed = self._run_of(int(types[a]), data[int(at[n]) : last], m - n)
+                for _ in range(1 + handed // TURN):
+                    await asyncio.sleep(0)
+
+    def _run_of(self, kind: int, data: Array, n: int) -> int:
+        """Hand on `n` records of one type; how many objects that made."""
+        if kind == MBO_TYPE:
+            mbo = np.ascontiguousarray(data).view(MBO)
+            self._follow(mbo)
+            return self._give(self._opened(self._rows.orders(mbo)))
+        if kind in LEVELS:
+            return self._give(self._rows.levels(data.reshape(n, -1), LEVELS[kind]))
+        decoder = _dbn.DBNDecoder(has_metadata=False, input_version=3, upgrade_policy=_dbn.VersionUpgradePolicy.AS_IS)
+        for record in decoder.write_and_decode(data.tobytes()):
+            self._told(kind, record)
+        return 0
+
+    def _told(self, kind: int, record: Any) -> None:
+        if kind == MAPPING_TYPE:
+            if (symbol := str(record.stype_out_symbol)) in self._symbols:
+                self._rows.learn(int(record.instrument_id), self._symbols.index(symbol))
+        elif kind == DEFINITION_TYPE:
+            found = definition(record, self.config.dataset)
+            if found is not None and found.symbol in self._symbols:
+                ours = self.config.instruments[self._symbols.index(found.symbol)]
+                self._handle_instrument(nautilus_instrument(Definition(ours, found.symbol)))
+        elif kind == ERROR_TYPE:
+            self._say(f"Databento: {record.err}")
+            self._link.counts["errors"] += 1
+        elif kind == SYSTEM_TYPE and str(record.code) not in ("SystemCode.HEARTBEAT", "heartbeat", "0"):
+            self._link.said.append(str(record.msg))
+
+    def _follow(self, mbo: Array) -> None:
+        """Look for gaps and disorder of the line. Raises BrokenError: the book can only be had anew."""
+        live = mbo[(mbo["flags"] & F_SNAPSHOT) == 0]
+        if not len(live):
+            return
+        recv = live["ts_recv"].astype(np.int64)
+        if recv[0] < self._newest or (np.diff(recv) < 0).any():
+            self._lost("order", 0)
+        self._newest = int(recv[-1])
+        sequence = live["sequence"].astype(np.int64)
+        steps = np.diff(sequence, prepend=self._sequence or sequence[0])
+        jumps = steps[steps > 1]
+        self._sequence = int(sequence[-1])
+        if len(jumps) and self._steps > NUMBERED and self._skips <= GAP_SHARE * self._steps:
+            self._lost("sequence", int(jumps.sum() - len(jumps)))
+        self._steps, self._skips = self._steps + len(steps), self._skips + len(jumps)
+
+    def _lost(self, why: str, missing: int) -> None:
+        for k in self._pulse:
+            self._link.health.gap(k, missing, why)
+        what = {"order": "records came out of order", "sequence": f"{missing} records are missing", "book": "orders are not known"}
+        raise BrokenError(what[why])
+
+    def _opened(self, events: Array) -> Array:
+        """Without the snapshots of books in which nothing has happened yet."""
+        bare = F_SNAPSHOT | F_LAST
+        opening = (events["action"] == CLEAR) & (events["flags"] & bare == bare)
+        if not opening.any():
+            return events
+        return events[[not (o and self._rows.empty(int(k))) for o, k in zip(opening, events["instrument"])]]
+
+    def _give(self, events: Array) -> int:
+        """EVENT rows, before they are finished, -> Nautilus objects -> the node."""
+        if not len(events):
+            return 0
+        events = self._rows.finish(events)
+        wall, health = self.clock.timestamp_ns(), self._link.health
+        counts = np.bincount(events["instrument"], minlength=len(self._ids))
+        for k in np.flatnonzero(counts).tolist():
+            mine = events["instrument"] == k
+            health.seen(self._pulse[k], int(events["ts_init"][mine][-1]), wall, int(counts[k]))
+        self._link.counts["events"] += len(events)
+        self._link.counts["partial_cancels"] = self._rows.count("partial_cancel")
+        unknown = self._rows.count("unknown_cancel") + self._rows.count("unknown_modify")
+        made = self._objects(events)
+        if unknown > self._unknown:
+            self._unknown = unknown
+            self._lost("book", 0)
+        return made
+
+    def _objects(self, events: Array) -> int:
+        made, give, opened, bids = 0, self._handle_data, self._open, self._bids
+        for ts_event, ts_init, price, size, order_id, sequence, action, side, flags, k in events.tolist():
+            id_ = self._ids[k]
+            if (px := self._prices[k].get(price)) is None:
+                px = self._prices[k][price] = Price.from_raw(price * UNIT, self.config.instruments[k].price_precision)
+            if (sz := self._sizes[k].get(size)) is None:
+                sz = self._sizes[k][size] = Quantity.from_raw(size * UNIT, self.config.instruments[k].size_precision)
+            group = opened[k]
+            if action == TRADE:
+                if group:
+                    give(OrderBookDeltas(id_, group[:]))
+                    group.clear()
+                    made += 1
+                give(TradeTick(id_, px, sz, _AGGRESSOR[side], TradeId(str(sequence)), ts_event, ts_init))
+                made += 1
+            elif flags & F_TOB:  # the bid, then the ask
+                if side > 0:
+                    bids[k] = px, sz
+                else:
+                    (bid, bid_size), made = bids[k], made + 1
+                    give(QuoteTick(id_, bid, px, bid_size, sz, ts_event, ts_init))
+            else:
+                if group and group[-1].ts_init != ts_init:
+                    give(OrderBookDeltas(id_, group[:]))
+                    group.clear()
+                    made += 1
+                order, kept = BookOrder(_SIDE[side], px, sz, order_id), flags & ~F_MBP
+                group.append(OrderBookDelta(id_, _ACTION[action], order, kept, sequence, ts_event, ts_init))
+                if flags & F_LAST:
+                    give(OrderBookDeltas(id_, group[:]))
+                    group.clear()
+                    made += 1
+        return made
+

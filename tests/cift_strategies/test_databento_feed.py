@@ -1,0 +1,195 @@
+"""What a live node gets from Databento is what an import of the same records gives: rows, books, and the marks of what went wrong."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from live_feed import listen, playing
+
+from catalog.book import depth
+from catalog.errors import InputError
+from catalog.events import CANCEL, F_SNAPSHOT, MODIFY, TRADE, Instrument, read_dbn, read_instruments_toml
+from catalog.synthetic import MarketFiles, make_market
+from cift_models.features import NAMES, replay
+from cift_strategies.feeds import databento
+from cift_strategies.feeds.gateway import DEMO_KEY
+from cift_strategies.feeds.mischief import Fault
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def market(tmp_path_factory: pytest.TempPathFactory) -> MarketFiles:
+    return make_market(tmp_path_factory.mktemp("live") / "market", 11, sessions=1, events=24_000, instruments=2)
+
+
+def same(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return ((a == b) | (np.isnan(a) & np.isnan(b))).all(1)
+
+
+def assert_rows_equal(heard: Any, events: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> None:
+    got, live = heard.events, heard.rows
+    for k in np.unique(events["instrument"]):
+        mine, theirs = got["instrument"] == k, events["instrument"] == k
+        for name in ("ts_event", "ts_init", "price", "side"):
+            assert (got[name][mine] == events[name][theirs]).all()
+        assert same(live[mine], rows[theirs]).all()
+
+
+def test_features_of_a_live_session_equal_those_of_its_file_to_the_last_bit(market: MarketFiles) -> None:
+    events, instruments = read_dbn(market.mbo[0])
+
+    async def session() -> Any:
+        async with playing(market.mbo) as gateway:
+            return await listen(gateway, instruments, lambda h: h.n >= len(events))
+
+    heard = asyncio.run(session())
+    assert heard.n == len(events)
+    assert_rows_equal(heard, events, replay(events, instruments))
+
+
+def test_a_partial_execution_leaves_the_rest_of_the_order(market: MarketFiles) -> None:
+    events, instruments = read_dbn(market.mbo[0])
+    sizes: dict[tuple[int, int], int] = {}
+    partial = 0
+    for e in events:
+        key = int(e["instrument"]), int(e["order_id"])
+        if e["action"] == CANCEL and e["size"] < sizes.get(key, 0):
+            sizes[key] -= int(e["size"])
+            partial += 1
+        elif e["action"] != TRADE:
+            sizes[key] = int(e["size"]) if e["action"] != CANCEL else 0
+    assert partial > 100  # the market has them
+
+    async def session() -> Any:
+        async with playing(market.mbo) as gateway:
+            return await listen(gateway, instruments, lambda h: h.n >= len(events))
+
+    heard = asyncio.run(session())
+    assert heard.link.counts["partial_cancels"] == partial
+    live, order = heard.events, np.argsort(heard.events["instrument"], kind="stable")
+    file = np.argsort(events["instrument"], kind="stable")
+    changed = (live["action"][order] == MODIFY) & (events["action"][file] == CANCEL)
+    assert int(changed.sum()) == partial  # what Nautilus's books, which know whole cancels only, can follow
+    assert (depth(live)[order] == depth(events)[file]).all()
+
+
+def test_es_session_is_equal_too(data: Path) -> None:
+    file = data / "databento" / "esh4-glbx-mdp3-20231225.mbo.dbn.zst"
+    events, _ = read_dbn(file)
+    instruments = read_instruments_toml(ROOT / "docs" / "instruments" / "esh4.toml")
+
+    async def session() -> Any:
+        async with playing([file]) as gateway:
+            return await listen(gateway, instruments, lambda h: h.n >= len(events))
+
+    assert_rows_equal(asyncio.run(session()), events, replay(events, instruments))
+
+
+@pytest.mark.parametrize("level", [2, 1])
+def test_levels_and_quotes_equal_those_of_a_file_of_them(market: MarketFiles, level: int, tmp_path: Path) -> None:
+    """MBP-10 and MBP-1, derived by the gateway; the twin is what its historical side gives, read as a file."""
+    schema = {2: "mbp-10", 1: "mbp-1"}[level]
+    path = tmp_path / f"x.{schema}.dbn.zst"
+
+    def ask(gateway: Any) -> None:
+        asked = {"dataset": gateway.tape.dataset, "schema": schema, "compression": "zstd", "start": "2025-03-10"}
+        url = f"http://127.0.0.1:{gateway.http_port}/v0/timeseries.get_range"
+        path.write_bytes(httpx.post(url, data=asked, auth=(DEMO_KEY, ""), timeout=60).raise_for_status().content)
+
+    async def session() -> Any:
+        async with playing(market.mbo) as gateway:
+            await asyncio.to_thread(ask, gateway)
+            events, instruments = read_dbn(path)
+            known = {x.id: x for x in read_dbn(market.mbo[0])[1]}
+            instruments = [replace(known[x.id], level=level) for x in instruments]
+            return events, instruments, await listen(gateway, instruments, lambda h: h.last >= events["ts_init"].max())
+
+    events, instruments, heard = asyncio.run(session())
+    got = heard.events
+    for k in range(len(instruments)):
+        mine, theirs = got[got["instrument"] == k], events[events["instrument"] == k]
+        assert len(mine) == len(theirs)
+        for name in ("ts_event", "ts_init", "price", "size", "action", "side"):
+            assert (mine[name] == theirs[name]).all(), name
+        assert same(heard.rows[got["instrument"] == k], replay(events, instruments)[events["instrument"] == k]).all()
+
+
+def whole_again(heard: Any, events: np.ndarray[Any, Any], instruments: Sequence[Instrument]) -> int:
+    """The book after the last snapshot is that of the file, event by event, in prices, sizes and counts. Returns the events it saw."""
+    got, seen = heard.events, 0
+    truth, lived = depth(events, 10), depth(got, 10)
+    now = [NAMES.index(n) for n in ("mid", "spread")]
+    rows = replay(events, instruments)
+    for k in range(len(instruments)):
+        after = np.flatnonzero((got["instrument"] == k) & (got["flags"] & F_SNAPSHOT > 0))[-1]
+        tail = np.flatnonzero(got["instrument"] == k)
+        tail = tail[tail > after]
+        mine = np.flatnonzero(events["instrument"] == k)[-len(tail) :]
+        assert (got["ts_event"][tail] == events["ts_event"][mine]).all()
+        assert (lived[tail] == truth[mine]).all()
+        assert same(heard.rows[tail][:, now], rows[mine][:, now]).all()
+        seen += len(tail)
+    return seen
+
+
+def test_a_start_in_mid_session_has_the_whole_book(market: MarketFiles) -> None:
+    events, instruments = read_dbn(market.mbo[0])
+    end = int(events["ts_init"].max())
+
+    async def session() -> Any:
+        async with playing(market.mbo) as gateway:
+            gateway.go((gateway.tape.first + end) // 2, 1e-3)  # as good as standing still
+
+            def enough(h: Any) -> bool:
+                if h.n and gateway.clock.speed:
+                    gateway.go(gateway.clock.now(), 0.0)
+                return h.last >= end
+
+            return await listen(gateway, instruments, enough)
+
+    heard = asyncio.run(session())
+    snapshot = heard.events["flags"] & F_SNAPSHOT > 0
+    assert snapshot[: int(snapshot.sum())].all() and snapshot.sum() > 20  # first of all
+    assert heard.link.health.counts()["reasons"] == {}
+    assert 5_000 < whole_again(heard, events, instruments) < 15_000
+
+
+def test_the_book_is_whole_again_after_the_line_was_lost(market: MarketFiles) -> None:
+    events, instruments = read_dbn(market.mbo[0])
+
+    async def session() -> Any:
+        async with playing(market.mbo, faults=[Fault("drop", len(events) // 2, 400)]) as gateway:
+            return await listen(gateway, instruments, lambda h: h.last >= events["ts_init"].max())
+
+    heard = asyncio.run(session())
+    assert heard.n - int((heard.events["flags"] & F_SNAPSHOT > 0).sum()) < len(events)  # some were missed, and that is known:
+    assert heard.link.health.reconnects == 1
+    assert heard.link.health.reasons == {"reconnect": len(instruments)}
+    assert whole_again(heard, events, instruments) > 1_000
+
+
+def test_a_wrong_key_is_told_in_one_line() -> None:
+    x = Instrument("SHARE.XNAS", 10_000_000, 1_000_000_000, 1.0, "USD", kind="equity")
+    with pytest.raises(InputError, match="DATABENTO_API_KEY"):
+        databento.client([x], "XNAS.ITCH", "secret")
+    with pytest.raises(InputError, match="host:port"):
+        databento.client([x], "XNAS.ITCH", "db-" + "x" * 29, live="nowhere")
+
+
+def test_gateways_of_datasets() -> None:
+    assert databento.address("GLBX.MDP3") == ("glbx-mdp3.lsg.databento.com", 13_000)
+    assert databento.address("XNAS.ITCH", "127.0.0.1:5") == ("127.0.0.1", 5)
+
+
+def test_publishers_are_those_of_databento() -> None:
+    table = {p["publisher_id"]: p for p in databento.publishers()}
+    assert table[1]["dataset"] == "GLBX.MDP3" and table[1]["venue"] == "GLBX"
+    assert table[2]["dataset"] == "XNAS.ITCH" and table[2]["venue"] == "XNAS"
