@@ -30,11 +30,14 @@ def backtest(
     instruments: Annotated[Path | None, typer.Option(help="TOML with definitions where the data has none")] = None,
     train_fraction: Annotated[float | None, typer.Option(help="share of the events to train on; default 0.6")] = None,
     artifacts: Annotated[Path | None, typer.Option(help="trained models to use instead of training")] = None,
+    altdata: Annotated[Path | None, typer.Option(help="table of alternative data, .parquet or .csv (docs/altdata.md)")] = None,
     latency_ms: Annotated[str | None, typer.Option(help="time a decision takes: auto (drawn from the models' own) or a number")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda")] = None,
     seed: Annotated[int | None, typer.Option(help="of the demo market, of training and of latencies; default 7")] = None,
     out: Annotated[Path | None, typer.Option(help="output folder; default out/<source>")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML with the same settings and more; the command line goes first")] = None,
+    show: Annotated[bool, typer.Option("--show", help="open the run in the dashboard; what --out holds is not run again")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="of the dashboard; 0: any free one")] = 8765,
     as_json: Annotated[bool, typer.Option("--json", help="print the summary as the last line")] = False,
     more: Annotated[list[Path] | None, typer.Argument(hidden=True)] = None,
 ) -> None:
@@ -43,10 +46,14 @@ def backtest(
     given = {
         "dbn": (*dbn, *(more or ())) if dbn else None, "catalog": catalog, "databento": databento, "schema": schema,
         "pay": yes or None, "polygon": _names(polygon), "symbols": _names(symbols), "start": _ns(start), "end": _ns(end),
-        "instruments": instruments, "train_fraction": train_fraction, "artifacts": artifacts, "latency_ms": _latency(latency_ms),
-        "device": device, "seed": seed, "out": out,
+        "instruments": instruments, "train_fraction": train_fraction, "artifacts": artifacts, "altdata": altdata,
+        "latency_ms": _latency(latency_ms), "device": device, "seed": seed, "out": out,
     }  # fmt: skip
     settings = _config(config, {k: v for k, v in given.items() if v is not None})
+
+    if show and settings.out is not None and (settings.out / "summary.json").is_file():
+        _show(settings.out, port)
+        return
 
     from cift_strategies.backtest import run
 
@@ -61,6 +68,14 @@ def backtest(
     print(f"report: {folder / 'report.html'}")
     if as_json:
         print(json.dumps(plain(summary), allow_nan=False))
+    if show:
+        _show(folder, port)
+
+
+def _show(folder: Path, port: int) -> None:
+    from cift_strategies.show import serve
+
+    serve(folder, port)
 
 
 def _config(path: Path | None, given: dict[str, Any]) -> Any:
@@ -93,7 +108,7 @@ def _names(text: str | None) -> tuple[str, ...] | None:
 
 
 def _ns(text: str | None) -> int | None:
-    from cift_models.__main__ import nanoseconds
+    from catalog.moments import nanoseconds
 
     return None if text is None else nanoseconds(text)
 

@@ -60,17 +60,19 @@ def render(out: Path) -> Path:
     return path
 
 
-def picture(out: Path, png: Path, width: int = 1200, height: int = 1620, dark: bool = False) -> Path:
-    """The upper part of the folder's report as a PNG, taken by the Chromium of this machine. Raises InputError where there is none."""
+def picture(page: str, png: Path, width: int = 1200, height: int = 1620, dark: bool = False) -> Path:
+    """The upper part of the page at the address `page` as a PNG, taken by the Chromium of this machine: a report (file:) once it is drawn,
+    a running node's after some seconds. Raises InputError where there is no browser or no such page.
+    """
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         raise InputError(f"no Chromium or Chrome on this machine to take {png} with: install one (Debian: apt-get install chromium)")
-    page = (out / "report.html").resolve().as_uri()
     with tempfile.TemporaryDirectory() as scratch:
         shot = Path(scratch) / "shot.png"
         command = [browser, "--headless", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--hide-scrollbars"]
         command += [f"--user-data-dir={scratch}/profile", f"--window-size={width},{height}", f"--screenshot={shot}"]
-        command += ["--virtual-time-budget=15000", f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
+        command += ["--virtual-time-budget=15000" if page.startswith("file:") else "--timeout=6000"]
+        command += [f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
         command += ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
         try:
             said = subprocess.run([*command, page], capture_output=True, text=True, timeout=180, check=False).stderr
@@ -115,23 +117,31 @@ def print_summary(summary: Mapping[str, Any]) -> None:
             interval = f"{number(g.low, 3, sign=True)} to {number(g.high, 3, sign=True)}" if g else DASH
             t.add_row(str(r["instrument"]), str(r["horizon"]), number(loss, 4), base, interval, count(r.get("effective")))
         console.print(t)
+    for r in s.get("rolls") or ():
+        console.print(f"rolled from {r['from']} to {r['to']} at {instant(r['ts'])} UTC", markup=False)
     shown = claims(s)
     console.print(f"better than every baseline: {', '.join(shown)}" if shown else f"{NOT_SHOWN[0].upper()}{NOT_SHOWN[1:]}.", markup=False)
 
 
 def main() -> None:
-    """``python -m cift_strategies.report OUT [--png FILE] [--dark]``."""
+    """``python -m cift_strategies.report OUT|URL [--png FILE] [--dark]``."""
     import argparse
 
-    about = "Make report.html again from the output folder of a run."
+    about = "Make report.html again from the output folder of a run; take a picture of it, or of the page of a running node."
     a = argparse.ArgumentParser(prog="python -m cift_strategies.report", description=about)
-    a.add_argument("out", type=Path, help="the --out folder of run_backtest.py")
+    a.add_argument("out", help="the --out folder of run_backtest.py, or the address at which a node shows its page")
     a.add_argument("--png", type=Path, help="also write a picture of the upper part of the page; needs Chromium or Chrome")
     a.add_argument("--dark", action="store_true", help="the picture in dark colours")
     args = a.parse_args()
-    print(render(args.out))
+    if args.out.startswith(("http://", "https://")):
+        if args.png is None:
+            raise InputError(f"{args.out} is the page of a node: say where its picture goes with --png FILE")
+        print(picture(args.out, args.png, 1600, 1100, args.dark))
+        return
+    page = render(Path(args.out))
+    print(page)
     if args.png:
-        print(picture(args.out, args.png, dark=args.dark))
+        print(picture(page.resolve().as_uri(), args.png, dark=args.dark))
 
 
 if __name__ == "__main__":

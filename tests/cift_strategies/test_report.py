@@ -23,7 +23,7 @@ from catalog.errors import InputError
 from catalog.events import SCALE, Instrument
 from cift_strategies import report, sections
 from cift_strategies.backtest import RunResult, Traded
-from cift_strategies.finished import Finished
+from cift_strategies.finished import Finished, instant
 from cift_strategies.performance import (
     Costs,
     Fills,
@@ -549,6 +549,26 @@ def test_costs_without_fills_have_no_break_even() -> None:
     assert math.isnan(costs(empty, 0.0).break_even_ticks)
 
 
+def test_a_roll_is_marked_on_both_contracts_and_told_in_words(made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, predictions = made
+    at = int(run.mids["AAA.XNAS"][0][3000])
+    roll = {"underlying": "<ES>", "from": "AAA.XNAS", "to": "BBB.XNAS", "ts": at}
+    other = {"underlying": "NQ", "from": "X.XNAS", "to": "Y.XNAS", "ts": 0}
+    page = parsed(write_run((replace(run, summary={**run.summary, "rolls": [roll, other]}), predictions), tmp_path).parent)
+    when = instant(at)
+    assert f"<ES> {when} UTC AAA.XNAS BBB.XNAS" in " ".join(page.text.split())
+    marked = [f["layout"] for f in page.figures.values() if any("roll" in a["text"] for a in f["layout"].get("annotations", ()))]
+    assert len(marked) == 2, "once on each contract"
+    assert all([s["x0"] for s in m["shapes"]] == [at / 1e6] for m in marked)
+    report.print_summary({**run.summary, "rolls": [roll]})
+    assert f"rolled from AAA.XNAS to BBB.XNAS at {when} UTC" in capsys.readouterr().out
+
+
+def test_without_a_roll_the_report_says_nothing_of_rolls(out: Path, made: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    report.print_summary(made[0].summary)
+    assert "roll" not in parsed(out).text.lower().replace("scroll", "") and "rolled" not in capsys.readouterr().out
+
+
 def test_the_command_line_of_a_run_is_spelt_out() -> None:
     config = {"dbn": ["a b.dbn.zst"], "instruments": "es.toml", "seed": 7, "latency_ms": 2.0, "device": "auto", "start": T0, "symbols": []}
     said = sections.command_of(config)
@@ -583,7 +603,7 @@ def test_without_a_browser_the_picture_is_refused_in_one_line(
 def test_the_picture_is_a_png_of_the_page(out: Path, tmp_path: Path) -> None:
     if not any(map(shutil.which, report.BROWSERS)):
         pytest.skip("no Chromium or Chrome on this machine")
-    png = report.picture(out, tmp_path / "p.png", 800, 900)
+    png = report.picture((out / "report.html").resolve().as_uri(), tmp_path / "p.png", 800, 900)
     head = png.read_bytes()[:24]
     assert head[:8] == b"\x89PNG\r\n\x1a\n"
     assert (int.from_bytes(head[16:20]), int.from_bytes(head[20:24])) == (800, 900)

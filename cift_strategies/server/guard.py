@@ -1,0 +1,172 @@
+"""Who may ask what, and how much: the token, the Host and Origin checks, rate and size limits. One ASGI layer before everything else.
+
+What changes anything needs the bearer token; with `everything` (any address but this machine's own) so does all the rest. A browser may
+show the token once, as `/?token=...`, and gets a cookie that lets it read, not command.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+import stat
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import parse_qs, urlsplit
+
+from fastapi import HTTPException, Response
+
+from catalog.errors import InputError
+from cift_strategies.server.problems import problem
+
+BODY: Final = 8 << 20  # bytes of a request
+OPEN: Final = frozenset({"/health", "/ready"})  # never need a token
+READING: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+COOKIE: Final = "cift_token"
+PROTOCOL: Final = "cift"  # WebSocket subprotocol; beside it "cift.bearer.<token>" carries the token where headers cannot be set
+LOCAL: Final = ("127.0.0.1", "localhost", "::1")
+RATES: Final = {"command": (20.0, 50.0), "predict": (50.0, 100.0), "other": (2_000.0, 4_000.0)}  # requests a second, burst; of one address
+ADDRESSES: Final = 1_024  # whose rates are remembered
+
+type Scope = dict[str, Any]
+type Receive = Callable[[], Awaitable[dict[str, Any]]]
+type Send = Callable[[dict[str, Any]], Awaitable[None]]
+type App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+def token(file: Path) -> str:
+    """The token in `file`, made there (mode 600) at the first start. Raises InputError where others may read it."""
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        mode = stat.S_IMODE(file.stat().st_mode)
+        if mode & 0o077:
+            raise InputError(f"{file} has mode {mode:o}, so others may have read the token: remove it, and a new one is made") from None
+        found = file.read_text().strip()
+        if len(found) < 32:
+            raise InputError(f"{file} holds no token of 32 characters or more: remove it, and a new one is made") from None
+        return found
+    with os.fdopen(handle, "w") as f:
+        made = secrets.token_urlsafe(32)
+        f.write(made + "\n")
+    return made
+
+
+class Rates:
+    """Token buckets by address and kind; the least recently seen address is forgotten."""
+
+    def __init__(self, rates: dict[str, tuple[float, float]] | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rates, self._clock = rates or RATES, clock
+        self._left: dict[tuple[str, str], tuple[float, float]] = {}
+
+    def wait(self, address: str, kind: str) -> float:
+        """Take one; 0, or the seconds after which it would be granted."""
+        rate, burst = self._rates[kind]
+        now = self._clock()
+        left, then = self._left.pop((address, kind), (burst, now))
+        left = min(burst, left + (now - then) * rate)
+        granted = left >= 1
+        self._left[address, kind] = (left - 1 if granted else left, now)
+        if len(self._left) > ADDRESSES:
+            del self._left[next(iter(self._left))]
+        return 0.0 if granted else (1 - left) / rate
+
+
+class Guard:
+    """ASGI middleware. `hosts`: names by which the server may be called; `origins`: pages of other hosts that may open WebSockets."""
+
+    def __init__(self, app: App, token: str, hosts: tuple[str, ...], origins: tuple[str, ...], everything: bool, rates: Rates) -> None:
+        self._app, self._token, self._everything, self._rates = app, token.encode(), everything, rates
+        self._hosts, self._origins = frozenset(h.lower() for h in hosts), frozenset(o.rstrip("/").lower() for o in origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await self._http(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await self._websocket(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        taken = 0
+
+        async def bounded() -> dict[str, Any]:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > BODY:
+                raise HTTPException(413, f"a request may have {BODY} bytes")
+            return message
+
+        answer = self._refusal(scope)
+        if answer is not None:
+            await answer(scope, receive, send)  # type: ignore[arg-type]
+        else:
+            await self._app(scope, bounded, send)
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        """What is answered instead of asking the app, or None."""
+        headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
+        path, method = scope["path"], scope["method"]
+        reading = method in READING
+        if not self._host(headers):
+            return problem(421, "this server does not answer to that host name: start it with --host-name to add one")
+        if wait := self._rates.wait(_address(scope), "other"):
+            return _later(wait)
+        given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0] if path == "/" and method == "GET" else ""
+        if given and self._right(given):
+            return Response(None, 303, {"Location": "/", "Set-Cookie": f"{COOKIE}={given}; HttpOnly; SameSite=Strict; Path=/"})
+        changes = not reading and path != "/api/v1/predict"
+        needed = (changes or self._everything) and path not in OPEN
+        if needed and not (self._bearer(headers) or (not changes and self._cookie(headers))):
+            why = "this needs the token: send `Authorization: Bearer <token>`, with what the file `token` in the state folder holds"
+            return problem(401, why, headers={"WWW-Authenticate": "Bearer"})
+        if not reading and (wait := self._rates.wait(_address(scope), "command" if changes else "predict")):
+            return _later(wait)  # after the token: nobody without it can use up what a kill needs
+        length = headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > BODY:
+            return problem(413, f"a request may have {BODY} bytes")
+        return None
+
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
+        origin = headers.get("origin")
+        own = origin is not None and urlsplit(origin).netloc.lower() == headers.get("host", "").lower()
+        refused = not self._host(headers) or (origin is not None and not own and origin.rstrip("/").lower() not in self._origins)
+        offered = [p.strip() for p in headers.get("sec-websocket-protocol", "").split(",")]
+        bearer = next((p.removeprefix(f"{PROTOCOL}.bearer.") for p in offered if p.startswith(f"{PROTOCOL}.bearer.")), "")
+        if self._everything and not (self._bearer(headers) or self._cookie(headers) or self._right(bearer)):
+            refused = True
+        if refused or self._rates.wait(_address(scope), "other"):
+            await receive()
+            await send({"type": "websocket.close", "code": 1008})  # before it is accepted: 403
+            return
+        scope["cift.protocol"] = PROTOCOL if PROTOCOL in offered else None
+        await self._app(scope, receive, send)
+
+    def _host(self, headers: dict[str, str]) -> bool:
+        host = headers.get("host", "").lower()
+        name = host.rsplit(":", 1)[0] if not host.endswith("]") and ":" in host else host
+        return name.strip("[]") in self._hosts or "*" in self._hosts
+
+    def _right(self, given: str) -> bool:
+        return hmac.compare_digest(given.encode(), self._token)
+
+    def _bearer(self, headers: dict[str, str]) -> bool:
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        return scheme.lower() == "bearer" and self._right(given.strip())
+
+    def _cookie(self, headers: dict[str, str]) -> bool:
+        pairs = (c.strip().partition("=") for c in headers.get("cookie", "").split(";"))
+        return any(name == COOKIE and self._right(value) for name, _, value in pairs)
+
+
+def _later(wait: float) -> Response:
+    return problem(429, "too many requests", headers={"Retry-After": str(int(wait) + 1)})
+
+
+def _address(scope: Scope) -> str:
+    return str(scope["client"][0]) if scope.get("client") else ""
