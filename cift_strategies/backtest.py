@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from catalog.errors import InputError
+from catalog.estimate import estimate as estimated
 from catalog.events import Instrument, read_catalog, trading_state
 from catalog.progress import Steps
 from catalog.whole import replacing
@@ -36,6 +37,7 @@ from cift_strategies.stream import Span
 if TYPE_CHECKING:
     from nautilus_trader.backtest import BacktestResult
 
+    from catalog.altdata import Table
     from cift_models.inference import Predictions
     from cift_models.windows import Block
     from cift_strategies.inference_actor import Delay, Predictor
@@ -69,6 +71,7 @@ class RunConfig(BaseModel):
     train: tuple[str, ...] | None = ("hmm", "fusion")  # members to train, by name; None: all there are
     members: tuple[str, ...] = ()  # and of the user's own, "package.module:Class"
     strategy: str | None = None  # the user's own, "package.module:Class"
+    altdata: Path | None = None  # table of alternative data, docs/altdata.md; None: the demo's own, none elsewhere
     latency_ms: float | Literal["auto"] = "auto"  # of a decision; auto: drawn from the artifact's distribution
     order_latency_ms: Annotated[float, Field(ge=0)] = 1.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -155,6 +158,12 @@ class Plan:
             faults,
         )  # fmt: skip
 
+    def rolls(self) -> list[dict[str, Any]]:
+        """Rolls from one of the contracts to another within the range: {"underlying", "from", "to", "ts"}."""
+        from catalog.pauses import rolls
+
+        return [r for r in rolls(self.root) if r["from"] in self.ids and r["to"] in self.ids and self.first <= r["ts"] <= self.last]
+
     def states(self) -> dict[int, tuple[NDArray[np.int64], NDArray[np.int8]]]:
         """When each market was open, in an auction, halted or closed, for those of which the catalog tells."""
         steps = {k: trading_state(self.root, x.id) for k, x in enumerate(self.instruments)}
@@ -185,27 +194,38 @@ def plan(config: RunConfig, found: sources.Source) -> Plan:
     return Plan(found.root, tuple(found.instruments), span.first, split, start, span.last, span.ends(), events, streamed, config)
 
 
-def notes(p: Plan) -> list[str]:
+def notes(p: Plan, altdata: Table | None = None) -> list[str]:
     """What the user should know before believing the figures."""
     free = [x.id for x in p.instruments if not (x.maker_fee or x.taker_fee or x.fee_per_unit)]
-    return [f"no fees are known for {', '.join(free)}: none are charged; tell them with --instruments"] if free else []
+    out = [f"no fees are known for {', '.join(free)}: none are charged; tell them with --instruments"] if free else []
+    if p.config.artifacts is not None:
+        from cift_models.artifacts import read
+
+        learnt = bool(read(p.config.artifacts).manifest.get("altdata"))
+        if learnt and altdata is None:
+            out.append("the models were trained with alternative data and go without them here: give them with --altdata")
+        if altdata is not None and not learnt:
+            out.append("the models were trained without alternative data: what was given changes nothing")
+    return out
+
+
+def alternative(config: RunConfig, found: sources.Source) -> Table | None:
+    """The table of alternative data. Raises InputError for a wrong one, and where it speaks of none of the instruments."""
+    path = config.altdata or found.altdata
+    if path is None:
+        return None
+    from catalog.altdata import read
+    from catalog.asof import lookup
+
+    table = read(path)
+    lookup(table, [x.id for x in found.instruments])
+    return table
 
 
 def estimate(p: Plan) -> str:
-    """Time and memory that the run will take, from the catalog's size and figures measured on two cores."""
-    training = 0 if p.config.artifacts else p.events - p.streamed
-    seconds = (5 if p.config.artifacts else START_S) + training * TRAINING_S + p.streamed * STREAMING_S
-    return f"{p.events:,} events of {len(p.ids)} instruments: about {_duration(seconds)} and {BASE_GB + 0.12 * len(p.ids):.1f} GB of memory"
-
-
-START_S: Final = 30  # fitting, compiling
-TRAINING_S: Final = 2e-5  # per event of the training range
-STREAMING_S: Final = 1e-5  # per streamed event
-BASE_GB: Final = 1.6  # of both processes
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5_400 else f"{seconds / 3600:.1f} h"
+    """Time and memory that the run will take, in words."""
+    told = estimated(p.events, len(p.ids), p.config.artifacts is None).told
+    return f"{p.events:,} events of {len(p.ids)} instruments: {told}"
 
 
 # --- streaming ------------------------------------------------------------------------------------------------------------------------
@@ -306,15 +326,16 @@ def run(config: RunConfig, leave: Callable[[BaseException], object] | None = Non
 
         strategy_class(config.strategy)
     found = resolve(config)
+    altdata = alternative(config, found)
     p = plan(config, found)
     print(estimate(p), file=sys.stderr)
-    for note in notes(p):
+    for note in notes(p, altdata):
         print(note, file=sys.stderr)
     out = config.out or Path("out") / found.name
     with unfinished(out) as part:
         _Open.part = part
         try:
-            return _run(config, found, p, out, part, began, leave)
+            return _run(config, found, p, altdata, out, part, began, leave)
         finally:
             clean_up(keep=part)
 
@@ -337,8 +358,9 @@ def clean_up(keep: Path | None = None) -> None:
 
 
 def _run(
-    config: RunConfig, found: sources.Source, p: Plan, out: Path, part: Path, began: float, leave: Callable[[BaseException], object] | None
-) -> RunResult:
+    config: RunConfig, found: sources.Source, p: Plan, altdata: Table | None, out: Path, part: Path, began: float,
+    leave: Callable[[BaseException], object] | None,
+) -> RunResult:  # fmt: skip
     from cift_models.inference import DEFAULT_LATENCY
     from cift_strategies.aside import Aside, Second
 
@@ -354,14 +376,14 @@ def _run(
     if artifact is None:
         from cift_models.train import train
 
-        artifact = train(p.training, out=part / "artifact", seed=config.seed, members=config.train, own=config.members)
-        _give_back()
+        artifact = train(p.training, out=part / "artifact", seed=config.seed, members=config.train, own=config.members, altdata=altdata)
 
     from cift_models import artifacts
+    from cift_models.baselines import Baselines
     from cift_models.features import NAMES
     from cift_models.hmm import REGIMES
     from cift_models.inference import Engine
-    from cift_models.validate import Baselines, Sample, evaluate
+    from cift_models.validate import Sample, evaluate
     from cift_models.windows import HORIZONS_NS
     from cift_strategies.faults import Faults
     from cift_strategies.inference_actor import LookAhead
@@ -370,7 +392,9 @@ def _run(
 
     instruments = p.instruments
     n, since = len(instruments), p.split + 1
-    engine = Engine.load(artifact, instruments, config.members)
+    engine = Engine.load(artifact, instruments, config.members, device=config.device)
+    if altdata is not None:
+        engine.tell(altdata)
     manifest = artifacts.read(artifact).manifest
     trained = [manifest["instruments"].index(x.id) for x in instruments]
     baselines, threshold = Baselines.load(artifact).only(trained), engine.ensemble.threshold[trained]
@@ -419,7 +443,10 @@ def _run(
         "scores": scores,
         "thresholds": {x: dict(zip(HORIZON_LABELS, threshold[k].tolist())) for k, x in enumerate(ids)},
         "regret": regret,
-        "notes": notes(p),
+        "altdata": {} if engine.altdata is None else engine.altdata.told(p.start, p.last),
+        "importance": engine.importance(),
+        "rolls": p.rolls(),
+        "notes": notes(p, altdata),
         "left_out": manifest["folds"][-1]["left_out"] if manifest["folds"] else [],
         "data_quality": quality,
         "callback_errors": 0,
@@ -429,7 +456,7 @@ def _run(
         "start": p.start,
         "end": p.last,
         "seed": config.seed,
-        "device": "cpu",
+        "device": engine.device,
         "versions": versions,
     }
     for name, rows in (("fills", traded.fills), ("positions", traded.positions)):

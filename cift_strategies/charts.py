@@ -116,11 +116,13 @@ MARKS: Final = {  # role, side -> name, symbol, colour
 
 
 def price_figure(
-    mid: tuple[I64, F], fills: Fills, trips: F, ribbon: tuple[I64, F], names: Sequence[str], span: tuple[int, int], decimals: int
+    mid: tuple[I64, F], fills: Fills, trips: F, ribbon: tuple[I64, F], names: Sequence[str], span: tuple[int, int], decimals: int,
+    rolls: Sequence[tuple[int, str]] = (),
 ) -> Figure | None:
     """The mid of one instrument with its fills, round trips and regimes, over `span` (ns). None without a mid and without fills.
 
     `trips` (n, 5): opened ns, closed ns, entry, exit, net PnL. `ribbon`: times of change and the regime (index of `names`) from there on.
+    `rolls`: when and between which contracts, drawn as upright lines.
     """
     ts, px = thin(*mid)
     if not len(ts) and not len(fills):
@@ -150,6 +152,11 @@ def price_figure(
     change, regime = ribbon
     if len(change):
         data.append(_ribbon(change, regime, names, span))
+    drawn = [(t / 1e6, text) for t, text in rolls if span[0] <= t <= span[1]]
+    upright = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": {"color": "var(--muted)", "width": 1, "dash": "dot"}}
+    label = {"yref": "paper", "y": 1, "xanchor": "left", "yanchor": "top", "showarrow": False}
+    shapes = [upright | {"x0": x, "x1": x} for x, _ in drawn]
+    marked: dict[str, Any] = {"shapes": shapes, "annotations": [label | {"x": x, "text": escape(t)} for x, t in drawn]} if drawn else {}
     return {
         "data": data,
         "layout": layout(
@@ -158,6 +165,7 @@ def price_figure(
             xaxis=axis("UTC", type="date", anchor="y2" if len(change) else "y", range=[span[0] / 1e6, span[1] / 1e6]),
             yaxis=axis("price", domain=[0.1 if len(change) else 0, 1], tickformat=form),
             yaxis2=axis(domain=[0, 0.055], showticklabels=False, showgrid=False, fixedrange=True),
+            **marked,
         ),
     }
 

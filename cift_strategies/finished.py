@@ -197,6 +197,12 @@ class Finished:
         return costs(fills, float(np.nan_to_num(self.money(self.summary.get("pnl_net")))))
 
     @property
+    def rolls(self) -> Sequence[Mapping[str, Any]]:
+        """From which contract to which of an underlying, and when (`ts`, ns); empty where none lies in the run."""
+        told: Sequence[Mapping[str, Any]] = self.summary.get("rolls") or ()
+        return told
+
+    @property
     def rule(self) -> Mapping[str, Any]:
         """The summary of the plain rule's run; empty where there was none."""
         told: Mapping[str, Any] = self.summary.get("baseline_rule") or {}

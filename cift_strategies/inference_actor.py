@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from cift_strategies.faults import Faults, guarded
 from cift_strategies.messages import FEATURES, PREDICTIONS, FeatureVector, Prediction
+from cift_strategies.pace import Clock, Pace, timed
 
 if TYPE_CHECKING:
     from cift_models.inference import Predictions
@@ -75,7 +76,7 @@ class LookAhead:
         instruments: int,
         sink: Callable[[Block, Predictions, NDArray[np.int64]], object] = lambda _block, _predictions, _latency: None,
     ) -> None:
-        self._blocks, self._engine, self._delay, self._sink = blocks, engine, delay, sink
+        self._blocks, self.engine, self._delay, self._sink = blocks, engine, delay, sink
         self._horizons = tuple(horizons_ns)
         self._queues: list[deque[tuple[bytes, Prediction]]] = [deque() for _ in range(instruments)]
 
@@ -104,10 +105,10 @@ class LookAhead:
             if needed:
                 raise AssertionError("a batch closed that the blocks of the stream do not have")
             return False
-        p: Predictions = self._engine.predict(block)
+        p: Predictions = self.engine.predict(block)
         latency = self._delay.draw(p.ts, p.instrument)
         self._sink(block, p, latency)
-        version, horizons = self._engine.model_version, self._horizons
+        version, horizons = self.engine.model_version, self._horizons
         columns = zip(
             p.instrument.tolist(), p.ts.tolist(), latency.tolist(), p.proba, p.magnitude, p.confidence, map(tuple, p.direction.tolist()),
             p.regime.tolist(), p.votes, block.rows[block.closes],
@@ -136,14 +137,19 @@ class InferenceActor(DataActor):
     def __new__(cls, *_args: Any) -> InferenceActor:
         return super().__new__(cls)
 
-    def __init__(self, predictor: Predictor, faults: Faults) -> None:
+    def __init__(self, predictor: Predictor, faults: Faults, pace: Pace | None = None) -> None:
         super().__init__(DataActorConfig(actor_id=ActorId("CIFT-INFERENCE")))
-        self.predictor, self.faults = predictor, faults
+        self.predictor, self.faults, self.pace = predictor, faults, pace
         self.published = 0
+        self.newest: dict[int, Prediction] = {}  # by instrument
         self._held: list[tuple[int, int, Prediction]] = []  # heap by due time, then order of arrival
         self._arrived = 0
         self._alert = 2**63 - 1  # earliest one that is set
         self._alerts = 0
+
+    @property
+    def time(self) -> Clock:
+        return timed(self.clock, self.pace)
 
     def on_start(self) -> None:
         self.subscribe_topic(FEATURES, self.on_features)
@@ -155,7 +161,7 @@ class InferenceActor(DataActor):
 
     def accept(self, predictions: Iterable[Prediction]) -> None:
         """Hold `predictions` until they are due; what is due already goes out at once."""
-        now = self.clock.timestamp_ns()
+        now = self.time.timestamp_ns()
         for p in predictions:
             heapq.heappush(self._held, (p.due, self._arrived, p))
             self._arrived += 1
@@ -163,14 +169,16 @@ class InferenceActor(DataActor):
 
     def on_due(self, _event: Any) -> None:
         self._alert = 2**63 - 1
-        self._deliver(self.clock.timestamp_ns())
+        self._deliver(self.time.timestamp_ns())
 
     def _deliver(self, now: int) -> None:
         held = self._held
         while held and held[0][0] <= now:
             self.published += 1
-            self.publish_message(PREDICTIONS, heapq.heappop(held)[2])
+            p = heapq.heappop(held)[2]
+            self.newest[p.instrument] = p
+            self.publish_message(PREDICTIONS, p)
         if held and held[0][0] < self._alert:
             self._alert = held[0][0]
             self._alerts += 1
-            self.clock.set_time_alert_ns(f"due-{self._alerts}", self._alert, callback=self.on_due)
+            self.time.set_time_alert_ns(f"due-{self._alerts}", self._alert, callback=self.on_due)

@@ -6,6 +6,7 @@ Pure arithmetic on fills and mids, per currency; knows nothing of Nautilus. Pric
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -25,6 +26,8 @@ class Limits(BaseModel):
     risk_per_trade: Annotated[float, Field(gt=0, le=1)] = 0.0005  # of equity, lost when the stop is hit
     max_notional: Annotated[float, Field(gt=0)] = 0.25  # of equity, one position
     max_position: Annotated[float | None, Field(gt=0)] = None  # units of the instrument
+    max_order: Annotated[float | None, Field(gt=0)] = None  # units of one entry
+    max_order_rate: Annotated[int | None, Field(gt=0)] = None  # entries of all instruments within a second; exits are never held back
     max_participation: Annotated[float, Field(gt=0)] = 0.5  # of the size at the touch, the smaller of bid and ask: one has to get out again
     max_daily_loss: Annotated[float, Field(gt=0)] = 0.02  # of capital, per UTC day: no entries until the next
     max_drawdown: Annotated[float, Field(gt=0)] = 0.05  # of capital, from the highest equity: no entries any more
@@ -67,6 +70,7 @@ class Ledger:
         self.highest = dict.fromkeys(self._of, 0.0)
         self.drawdown = dict.fromkeys(self._of, 0.0)  # largest so far, currency
         self._day: dict[str, tuple[int, float]] = {}
+        self._entries: deque[int] = deque(maxlen=limits.max_order_rate or 0)
 
     @property
     def currencies(self) -> list[str]:
@@ -105,7 +109,13 @@ class Ledger:
         day, opened = self._day.get(currency, (ts // DAY_NS, value))
         if day == ts // DAY_NS and opened - value >= self.limits.max_daily_loss * self.limits.capital:
             return "halted: daily loss"
+        if self.limits.max_order_rate is not None and len(self._entries) == self._entries.maxlen and ts - self._entries[0] < SCALE:
+            return "halted: order rate"
         return None
+
+    def entered(self, ts: int) -> None:
+        """An entry was sent at `ts`."""
+        self._entries.append(ts)
 
     def size(self, k: int, price: float, stop_distance: float, regime: str, shown: float = math.inf) -> int:
         """Units to trade (1e-9, a whole number of lots, 0: too small): what is lost at the stop is `risk_per_trade` of equity.
@@ -118,6 +128,7 @@ class Ledger:
             return 0
         units = limits.risk_per_trade * equity / (stop_distance * x.multiplier) * limits.regime_scale.get(regime, 1.0)
         units = min(units, limits.max_notional * equity / (price * x.multiplier), limits.max_participation * shown)
-        if limits.max_position is not None:
-            units = min(units, limits.max_position)
+        for most in (limits.max_position, limits.max_order):
+            if most is not None:
+                units = min(units, most)
         return int(units * SCALE * (1 + 1e-12)) // x.lot * x.lot

@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from cift_strategies import charts
-from cift_strategies.finished import DELAYS_NS, HORIZONS, Finished
+from cift_strategies.finished import DELAYS_NS, HORIZONS, Finished, instant
 from cift_strategies.page import DASH, Page, count, exact, money, number, percent, probability, side_by_side, small, table, words
 from cift_strategies.tearsheet import tearsheet
 
@@ -260,12 +260,14 @@ def prices(page: Page, done: Finished) -> None:
         trips = np.column_stack([np.asarray(p[k], np.float64)[own] for k in ("opened", "closed", "entry", "exit", "net")])
         ribbon = done.curve("regime", name)
         mid, fills, decimals = done.curve("mid", name), done.fills.of(name), int(facts["decimals"])
-        fig = charts.price_figure(mid, fills, trips, ribbon, regimes, done.traded_span, decimals)
+        marks = [(int(r["ts"]), f"roll from {r['from']} to {r['to']}") for r in done.rolls if name in (r["from"], r["to"])]
+        fig = charts.price_figure(mid, fills, trips, ribbon, regimes, done.traded_span, decimals, marks)
         panels[name] = page.figure(fig, f"price of {name} with fills and regimes", f"{name}: no price was seen in the traded range.")
     named = [(-1, "unknown"), *enumerate(regimes)]
     colours = "".join(f'<span><i style="background:{charts.regime_colour(i, n)}"></i>{escape(n)}</span>' for i, n in named)
     key = f'<div class="key">{colours}</div>' if regimes else ""
-    page.section("price", HEADS["price"], page.choice("price", "instrument", panels), key, _by_regime(done, regimes))
+    rolls = table(["roll of", "at", "from", "to"], [(r["underlying"], f"{instant(r['ts'])} UTC", r["from"], r["to"]) for r in done.rolls])
+    page.section("price", HEADS["price"], page.choice("price", "instrument", panels), key, rolls, _by_regime(done, regimes))
 
 
 def _by_regime(done: Finished, names: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,6 +15,12 @@ class Settings(BaseModel):
     min_edge_ticks: Annotated[float, Field(ge=0)] = 0.1  # expected move beyond all costs
     min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.0
     max_spread_ticks: Annotated[float, Field(gt=0)] = 5.0
+    entry: Literal["cross", "join", "improve", "best"] = "cross"  # across the spread, at the touch, a tick inside it, or what pays most
+    entry_wait_ms: Annotated[float, Field(gt=0)] = 500.0  # how long a resting entry waits for its fill
+    then: Literal["cross", "cancel"] = "cross"  # what follows, while the newest prediction still pays for it
+    join_fills: Annotated[float, Field(gt=0, le=1)] = 0.4  # share of entries that are filled while they rest at the touch; for "best"
+    improve_fills: Annotated[float, Field(gt=0, le=1)] = 0.6  # and a tick inside it
+    adverse_ticks: Annotated[float, Field(ge=0)] = 0.5  # by which a resting entry's fills are worse than its price says
     stale_ms: Annotated[float, Field(gt=0)] = 2_000.0  # a book older than this is not traded on
     stop_multiple: Annotated[float, Field(gt=0)] = 2.0  # of the expected |move|
     target_multiple: Annotated[float, Field(gt=0)] = 2.0

@@ -12,20 +12,24 @@ from typing import Final
 
 from catalog.errors import InputError
 from catalog.events import Instrument, catalog_range, is_inferred, read_catalog, read_instruments_toml, session_bounds
+from catalog.whole import STORE as STORE
 
 DEMO_RECORDS: Final = 1_180_000  # of which a seventh are fill records, which repeat what trades and book changes tell
-STORE: Final = Path(__file__).resolve().parents[1] / "catalog" / "data"
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A catalog to run on. `quality` is None where nobody has counted yet; `split` is where the demo's last session opens, ns."""
+    """A catalog to run on. `quality` is None where nobody has counted yet; `split` is where the demo's last session opens, ns.
+
+    `altdata`: the source's own table of alternative data.
+    """
 
     name: str
     root: Path
     instruments: Sequence[Instrument]
     quality: dict[str, int] | None = None
     split: int | None = None
+    altdata: Path | None = None
 
 
 def demo(seed: int) -> Source:
@@ -46,7 +50,7 @@ def demo(seed: int) -> Source:
             warming.kill()
     found = _catalog("demo", info.root, None, info.quality)
     traded = [replace(x, session=market.session, fee_per_unit=FEE_PER_SHARE) for x in found.instruments]
-    return replace(found, instruments=traded, split=_last_open(info.root, traded))
+    return replace(found, instruments=traded, split=_last_open(info.root, traded), altdata=market.alternative)
 
 
 def _in_background(module: str) -> subprocess.Popen[bytes]:
@@ -113,6 +117,8 @@ def _catalog(name: str, root: Path, symbols: Sequence[str] | None, quality: dict
     instruments, _ = read_catalog(root, symbols)
     if unknown := [x.id for x in instruments if is_inferred(x)]:
         raise InputError(f"{root} has no currency for {', '.join(unknown)}: import it again with --instruments")
+    if inverse := [x.id for x in instruments if x.kind.startswith("inverse")]:
+        raise InputError(f"{inverse[0]} is an inverse contract: what it earns is not linear in its price; name others with --symbols")
     return Source(name, root.resolve(), instruments, quality)
 
 

@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from nautilus_trader.model import (
     ClientOrderId,
@@ -29,11 +29,17 @@ from nautilus_trader.trading import Strategy, StrategyConfig
 from catalog import status
 from catalog.events import SCALE, Instrument, session_bounds
 from cift_models.features import NAMES
+from cift_strategies import entries
 from cift_strategies.faults import Faults, guarded
+from cift_strategies.journal import Journal, Sent
 from cift_strategies.messages import FEATURES, PREDICTIONS, SIGNALS, FeatureVector, Prediction, Signal
+from cift_strategies.pace import Clock, Pace, timed
 from cift_strategies.risk import Ledger, Limits
 from cift_strategies.settings import Settings
 from cift_strategies.translate import UNIT
+
+if TYPE_CHECKING:
+    from cift_strategies.recovery import Recovery
 
 MID: Final = NAMES.index("mid")
 SPREAD: Final = NAMES.index("spread")
@@ -55,6 +61,8 @@ class Terms:
     states: Mapping[int, tuple[Any, Any]] = field(default_factory=dict)  # instrument -> trading states as catalog.status reads them
     order_latency_ns: int = 0  # of a simulated venue: orders are woken at arrival; 0 where the venue answers by itself
     faults: Faults = field(default_factory=Faults)
+    pace: Pace | None = None  # of a stream whose time is not the clock's
+    journal: Journal | None = None  # gets signals and order events before they are acted upon
 
 
 @dataclass(slots=True)
@@ -73,9 +81,24 @@ class Trade:
     units_in: float = 0.0
     units_out: float = 0.0
     fees: float = 0.0
+    crosses: bool = False  # its entry rested in vain, and is sent again across the spread if that still pays
     leaving: str = ""  # why it is being closed
     attempts: int = 0
     last_exit: str = ""  # role of the newest closing fill
+
+    def filled(self, role: str, signed: int, price: float, fee: float, ts: int, position: int) -> None:
+        """One fill of this trade, after which `position` is held; `signed` and `position` in 1e-9 units."""
+        units = abs(signed) / SCALE
+        self.fees += fee
+        if role == "entry":
+            self.opened = self.opened or ts
+            self.bought += price * units
+            self.units_in += units
+            self.peak = max(self.peak, abs(position))
+        else:
+            self.sold += price * units
+            self.units_out += units
+            self.last_exit = role
 
 
 @guarded
@@ -96,10 +119,16 @@ class EnsembleStrategy(Strategy):
         self.ids = [InstrumentId.from_str(x.id) for x in terms.instruments]
         self.last: list[FeatureVector | None] = [None] * n
         self.touch = [0] * n  # the smaller of the sizes at the best bid and ask, 1e-9 units, at the last close of a batch
+        self.newest: list[Prediction | None] = [None] * n
         self.trades: list[Trade | None] = [None] * n
+        self._crossing: Settings | None = None
         self.hours: list[tuple[int, int]] = [(0, 0)] * n
         self.decisions: Counter[str] = Counter()
+        self.reason = ""  # what became of the newest prediction: "entered", or why not
+        self.halts: dict[str, str] = {}  # cause -> why there are no entries; exits go on
         self.orders: dict[ClientOrderId, tuple[int, str, int]] = {}  # -> trade, role, running number
+        self.numbers = 0  # running number of the next order
+        self.recovery: Recovery | None = None  # of an account that goes on
         self.order_types: Counter[str] = Counter()
         self.fills: list[tuple[Any, ...]] = []
         self.positions: list[tuple[Any, ...]] = []
@@ -109,9 +138,41 @@ class EnsembleStrategy(Strategy):
         self._alerts = 0
         self._digest = hashlib.sha256()
 
+    @property
+    def time(self) -> Clock:
+        """The stream's clock."""
+        return timed(self.clock, self.terms.pace)
+
+    def now(self) -> int:
+        """The stream's time, ns."""
+        return self.time.timestamp_ns()
+
+    # --- what is asked of it ----------------------------------------------------------------------------------------------------------
+
+    def halt(self, cause: str, why: str) -> None:
+        """No entries from now on, until :meth:`release` is told the same cause."""
+        self.halts[cause] = why
+
+    def release(self, cause: str) -> None:
+        self.halts.pop(cause, None)
+
+    def flatten(self, reason: str) -> None:
+        """Cancel all that works and close every position at the market."""
+        for k, trade in enumerate(self.trades):
+            if trade is not None:
+                trade.attempts = 0
+                self.leave(k, reason)
+
+    @property
+    def flat(self) -> bool:
+        """Whether nothing is held and nothing works."""
+        return not any(self.trades) and not any(p.size for p in self.ledger.positions)
+
     # --- what comes in ----------------------------------------------------------------------------------------------------------------
 
     def on_start(self) -> None:
+        if self.recovery is not None:
+            self.recovery.begin()
         self.subscribe_topic(FEATURES, self.on_features)
         self.subscribe_topic(PREDICTIONS, self.on_prediction)
 
@@ -124,9 +185,13 @@ class EnsembleStrategy(Strategy):
         if vector.ts >= self._next_mark and self.trades[k] is not None:
             self._next_mark = vector.ts + MARK_EVERY_NS
             self._mark(k, float(vector.rows[-1, MID]), vector.ts)
+        if self.recovery is not None and k in self.recovery.waits:
+            self.recovery.go_on(k)
 
     def on_prediction(self, message: object) -> None:
         prediction = cast(Prediction, message)
+        self.reason = ""
+        self.newest[prediction.instrument] = prediction
         trade = self.trades[prediction.instrument]
         if trade is not None and not trade.leaving:
             self.renew(trade, prediction)
@@ -144,7 +209,9 @@ class EnsembleStrategy(Strategy):
             return self._decline("abstains")
         if self.trades[p.instrument] is not None:
             return self._decline("in a position")
-        k, now = p.instrument, self.clock.timestamp_ns()
+        if self.halts:
+            return self._decline(f"halted: {next(iter(self.halts.values()))}")
+        k, now = p.instrument, self.time.timestamp_ns()
         vector = self.last[k]
         if vector is None or now - vector.ts > self.settings.stale_ms * 1e6:
             return self._decline("book is stale")
@@ -164,26 +231,27 @@ class EnsembleStrategy(Strategy):
     def _best(self, p: Prediction, k: int, now: int, mid: float, spread: float) -> Signal | None:
         x, s = self.terms.instruments[k], self.settings
         tick = x.tick / SCALE
-        cost = spread + 2 * (x.taker_fee * mid + x.fee_per_unit / x.multiplier) / tick
+        taker, maker = ((share * mid + x.fee_per_unit / x.multiplier) / tick for share in (x.taker_fee, x.maker_fee))
         best, at = -math.inf, -1
         reason = "abstains"
         for h, side in enumerate(p.direction):
             if not side or not p.confidence[h] >= s.min_confidence:
                 continue
-            edge = side * expected_ticks(p, h) - cost
+            expected = side * expected_ticks(p, h)
             if not self._open_for(k, now + p.horizons_ns[h]):
                 reason = "session ends"
-            elif edge > best:
-                best, at = edge, h
+            elif expected > best:
+                best, at = expected, h
         if at < 0:
             return self._decline(reason)
-        if not best > s.min_edge_ticks:
+        entry = entries.best(entries.ways(best, spread, taker, maker, self._crossing or s), s.min_edge_ticks)
+        if entry is None:
             return self._decline("move does not pay the costs")
         side, scale = p.direction[at], float(p.magnitude[at])
         half = round(spread * x.tick / 2)
         middle = round(mid * SCALE)
-        touch = middle + side * half
-        limit = touch + side * int(best - s.min_edge_ticks) * x.tick
+        limit = entries.price(entry.way, side, middle, half, x.tick, int(entry.edge - s.min_edge_ticks))
+        touch = middle + side * half if entry.way == "cross" else limit
         far = middle - side * half  # where one would get out
         distance = max(math.ceil(s.stop_multiple * scale), s.min_stop_ticks + math.ceil(spread)) * x.tick
         stop = _on_tick(touch - side * distance, x.tick)
@@ -197,22 +265,26 @@ class EnsembleStrategy(Strategy):
         if side * (far - stop) <= 0 or stop <= 0:
             return self._decline("no room for a stop")
         return Signal(
-            instrument=k, ts=now, predicted_at=p.ts, side=side, size=size, horizon_ns=p.horizons_ns[at], expected_ticks=best + cost,
-            cost_ticks=cost, confidence=float(p.confidence[at]), regime=p.regime, limit=_on_tick(limit, x.tick), stop=stop, target=target,
+            instrument=k, ts=now, predicted_at=p.ts, side=side, size=size, horizon_ns=p.horizons_ns[at], expected_ticks=best,
+            cost_ticks=entry.cost, confidence=float(p.confidence[at]), regime=p.regime, limit=_on_tick(limit, x.tick), stop=stop,
+            target=target, entry=entry.way,
         )  # fmt: skip
 
     def _decline(self, reason: str) -> Signal | None:
         self.decisions[reason] += 1
+        self.reason = reason
         return None
 
     def _open_for(self, k: int, until: int) -> bool:
         """Whether instrument `k` trades from now until `until`, with `flat_before_close_s` to spare."""
-        return until <= self._flat_at(k, self.clock.timestamp_ns())
+        return until <= self._flat_at(k, self.time.timestamp_ns())
 
     def _flat_at(self, k: int, now: int) -> int:
         """When a position opened now has to be closed at the latest, ns; 0 outside the session."""
         margin = int(self.settings.flat_before_close_s * SCALE)
         end = self.terms.ends.get(k, 2**63 - 1)
+        if k in self.terms.states:
+            end = min(end, status.close_after(self.terms.states[k], now))
         session = self.terms.instruments[k].session
         if session is not None:
             if now >= self.hours[k][1]:
@@ -226,29 +298,65 @@ class EnsembleStrategy(Strategy):
     # --- orders -----------------------------------------------------------------------------------------------------------------------
 
     def enter(self, signal: Signal) -> None:
-        """Send the bracket of `signal`: entry (limit, immediate or cancel), stop and target."""
+        """Send the bracket of `signal`: entry (limit: immediate or cancel, or resting for `entry_wait_ms`), stop and target."""
         k, x = signal.instrument, self.terms.instruments[signal.instrument]
         if self.trades[k] is not None:
             self._decline("in a position")
             return
+        crossing = signal.entry == "cross"
         orders = self.order_factory.bracket(
             self.ids[k], OrderSide.BUY if signal.side > 0 else OrderSide.SELL, self._quantity(x, signal.size),
-            entry_order_type=OrderType.LIMIT, entry_price=self._price(x, signal.limit), time_in_force=TimeInForce.IOC,
-            tp_price=self._price(x, signal.target), tp_post_only=False, sl_trigger_price=self._price(x, signal.stop),
+            entry_order_type=OrderType.LIMIT, entry_price=self._price(x, signal.limit), entry_post_only=not crossing,
+            time_in_force=TimeInForce.IOC if crossing else TimeInForce.GTC, tp_price=self._price(x, signal.target), tp_post_only=False,
+            sl_trigger_price=self._price(x, signal.stop),
         )  # fmt: skip
         roles = ("entry", "stop", "target")
         vector = self.last[k]
         mid = math.nan if vector is None else float(vector.rows[-1, MID])
         ids = {role: order.client_order_id for role, order in zip(roles, orders)}
+        if self.terms.journal is not None:
+            prices, first = (signal.limit, signal.stop, signal.target), self.numbers
+            sent = [
+                Sent(first + n, role, str(ids[role]), -signal.side if n else signal.side, signal.size / SCALE, price / SCALE)
+                for n, (role, price) in enumerate(zip(roles, prices))
+            ]
+            if not self.terms.journal.signal(self.signals, signal, x.id, mid, sent):
+                self._decline("halted: journal")
+                return
         trade = self.trades[k] = Trade(self.signals, signal, mid, ids, signal.ts + signal.horizon_ns)
         self.signals += 1
         for role, order in zip(roles, orders):
             self._register(order.client_order_id, k, role)
+        self.ledger.entered(signal.ts)
         self.decisions["entered"] += 1
+        self.reason = "entered"
         self.publish_message(SIGNALS, signal)
         self.submit_order_list(orders)
         self._wake()
         self._at(trade.until, lambda: self._time_exit(k, trade))
+        if not crossing:
+            self._at(signal.ts + int(self.settings.entry_wait_ms * 1e6), lambda: self._waited(k, trade))
+
+    def _waited(self, k: int, trade: Trade) -> None:
+        """A resting entry's time is up: what is not filled is cancelled, and where nothing is, it may be crossed for."""
+        if self.trades[k] is trade and not trade.leaving and self._working(trade, "entry"):
+            trade.crosses = self.settings.then == "cross" and not trade.units_in
+            if not self.cache.is_order_pending_cancel_local(trade.ids["entry"]):
+                self.cancel_order(trade.ids["entry"])
+                self._wake()
+
+    def _cross(self, k: int, side: int) -> None:
+        """Cross the spread where the newest prediction still pays for it on the same side."""
+        p = self.newest[k]
+        if p is None:
+            return
+        self._crossing = self.settings.model_copy(update={"entry": "cross"})
+        try:
+            signal = self.decide(p)
+        finally:
+            self._crossing = None
+        if signal is not None and signal.side == side:
+            self.enter(signal)
 
     def renew(self, trade: Trade, p: Prediction) -> None:
         """Keep the position for another horizon from now when `p` still expects `renew_ticks` along it: getting out and in again costs."""
@@ -256,9 +364,12 @@ class EnsembleStrategy(Strategy):
         if not s.renew or signal.horizon_ns not in p.horizons_ns:
             return
         if signal.side * expected_ticks(p, p.horizons_ns.index(signal.horizon_ns)) >= s.renew_ticks:
-            now = self.clock.timestamp_ns()
+            now = self.time.timestamp_ns()
             until = min(now + signal.horizon_ns, signal.ts + int(s.max_hold_s * SCALE), self._flat_at(p.instrument, now))
-            trade.until = max(trade.until, until)
+            if until > trade.until:
+                trade.until = until
+                if self.terms.journal is not None:
+                    self.terms.journal.renewed(trade.number, until)
 
     def leave(self, k: int, reason: str) -> None:
         """Cancel what rests in instrument `k` and close the position at the market."""
@@ -268,6 +379,8 @@ class EnsembleStrategy(Strategy):
         if trade.leaving and self._working(trade, "exit"):
             return
         trade.leaving = trade.leaving or reason
+        if self.recovery is not None and k in self.recovery.waits:
+            return
         for role in ("entry", "stop", "target"):
             if self._working(trade, role) and not self.cache.is_order_pending_cancel_local(trade.ids[role]):
                 self.cancel_order(trade.ids[role])
@@ -281,14 +394,12 @@ class EnsembleStrategy(Strategy):
             order = self.order_factory.market(
                 self.ids[k], OrderSide.SELL if size > 0 else OrderSide.BUY, self._quantity(x, abs(size)), reduce_only=True
             )
-            trade.ids["exit"] = order.client_order_id
-            self._register(order.client_order_id, k, "exit")
-            self.submit_order(order)
+            self.send(k, trade, "exit", order)
         self._wake()
 
     def _time_exit(self, k: int, trade: Trade) -> None:
         if self.trades[k] is trade and not trade.leaving:
-            if trade.until > self.clock.timestamp_ns():
+            if trade.until > self.time.timestamp_ns():
                 self._at(trade.until, lambda: self._time_exit(k, trade))
             else:
                 self.leave(k, "horizon")
@@ -296,18 +407,34 @@ class EnsembleStrategy(Strategy):
     def _working(self, trade: Trade, role: str) -> bool:
         return role in trade.ids and not self.cache.is_order_closed(trade.ids[role])
 
+    def send(self, k: int, trade: Trade, role: str, order: Any, price: int | None = None) -> None:
+        """Submit one order of `trade`, written to the journal before; `price` its limit or trigger, 1e-9 units."""
+        x, side = self.terms.instruments[k], 1 if order.side == OrderSide.BUY else -1
+        if self.terms.journal is not None:
+            at = None if price is None else price / SCALE
+            one = Sent(self.numbers, role, str(order.client_order_id), side, order.quantity.as_double(), at)
+            self.terms.journal.sent(trade.number, x.id, self.now(), one)
+        trade.ids[role] = order.client_order_id
+        self._register(order.client_order_id, k, role)
+        self.submit_order(order)
+
     def _register(self, order_id: ClientOrderId, k: int, role: str) -> None:
-        self.orders[order_id] = (k, role, len(self.orders))
+        self.orders[order_id] = (k, role, self.numbers)
+        self.numbers += 1
 
     def _wake(self) -> None:
         """A simulated venue looks at an order in flight at its next event; an alert at its arrival makes that exact."""
         if self.terms.order_latency_ns:
-            self._at(self.clock.timestamp_ns() + self.terms.order_latency_ns, lambda: None)
+            self._at(self.time.timestamp_ns() + self.terms.order_latency_ns, lambda: None)
 
     def _at(self, ts: int, action: Any) -> None:
         self._alerts += 1
         call = self.faults.guard(lambda _event: action())
-        self.clock.set_time_alert_ns(f"cift-{self._alerts}", ts, callback=call)
+        self.time.set_time_alert_ns(f"cift-{self._alerts}", ts, callback=call)
+
+    def _stamp(self, ts: int) -> int:
+        """A stamp of the engine's clock in the stream's time, ns."""
+        return ts if self.terms.pace is None else self.terms.pace.stream(ts)
 
     def _price(self, x: Instrument, value: int) -> Price:
         return Price.from_raw(value * UNIT, x.price_precision)
@@ -322,8 +449,15 @@ class EnsembleStrategy(Strategy):
         k, role, number = self.orders[order_id]
         self.order_types[kind] += 1
         self._note(kind, number, role, event)
+        if self.terms.journal is not None and (kind != "OrderFilled" or role == "seed"):
+            trade = self.trades[k]
+            self.terms.journal.order(number, role, -1 if trade is None else trade.number, event, self._stamp(event.ts_event))
+        if role == "seed":
+            return
         if kind == "OrderFilled":
             self._filled(k, role, number, event)
+            if role in ("stop", "target") and (trade := self.trades[k]) is not None and self._working(trade, "entry"):
+                self.cancel_order(trade.ids["entry"])  # a resting entry that was filled in part would fill again
         elif kind in ("OrderRejected", "OrderDenied") and role != "exit":
             self.decisions[f"{role} {'rejected' if kind == 'OrderRejected' else 'denied'}"] += 1
         if kind in _CLOSING:
@@ -345,28 +479,21 @@ class EnsembleStrategy(Strategy):
         side = 1 if event.order_side == OrderSide.BUY else -1
         size, price = event.last_qty.raw // UNIT, event.last_px.raw / UNIT / SCALE
         fee = event.commission.as_double() if event.commission is not None else 0.0
-        ts, units = event.ts_event, size / SCALE
+        ts, units = self._stamp(event.ts_event), size / SCALE
         vector = self.last[k]
         mid = math.nan if vector is None else float(vector.rows[-1, MID])
-        self.ledger.positions[k].fill(side, size, price, fee, x.multiplier)
-        self._mark(k, mid, ts)
-        decided, trade_number = math.nan, -1
-        if trade is not None:
-            decided, trade_number = trade.decided_mid, trade.number
-            trade.fees += fee
-            if role == "entry":
-                trade.opened = trade.opened or ts
-                trade.bought += price * units
-                trade.units_in += units
-                trade.peak = max(trade.peak, abs(self.ledger.positions[k].size))
-            else:
-                trade.sold += price * units
-                trade.units_out += units
-                trade.last_exit = role
+        decided, trade_number = (math.nan, -1) if trade is None else (trade.decided_mid, trade.number)
         maker = str(event.liquidity_side).rsplit(".", 1)[-1].lower()
-        self.fills.append((
+        row = (
             ts, x.id, number, trade_number, role, side, price, units, fee, x.currency, maker, mid, decided, x.tick / SCALE * x.multiplier,
-        ))  # fmt: skip
+        )  # fmt: skip
+        if self.terms.journal is not None and not self.terms.journal.fill(row, size, event):
+            return
+        self.fills.append(row)
+        self.ledger.positions[k].fill(side, size, price, fee, x.multiplier)
+        if trade is not None:
+            trade.filled(role, side * size, price, fee, ts, self.ledger.positions[k].size)
+        self._mark(k, mid, ts)
 
     def _settle(self, k: int) -> None:
         """After an order has ended: is the trade over, or is a position left without protection?"""
@@ -377,7 +504,7 @@ class EnsembleStrategy(Strategy):
         if size:
             if not self._working(trade, "exit") and (trade.leaving or not self._working(trade, "stop")):
                 if trade.leaving:
-                    self._at(self.clock.timestamp_ns() + RETRY_NS, lambda: self._again(k, trade))
+                    self._at(self.time.timestamp_ns() + RETRY_NS, lambda: self._again(k, trade))
                 else:
                     self.leave(k, "unprotected")
             return
@@ -394,19 +521,28 @@ class EnsembleStrategy(Strategy):
         self.trades[k] = None
         if not trade.units_in:
             self.decisions["entry not filled"] += 1
+            if self.terms.journal is not None:
+                self.terms.journal.closed(trade.number, self.now(), "entry not filled", None)
+            if trade.crosses:
+                self._cross(k, trade.signal.side)
             return
         x, s = self.terms.instruments[k], trade.signal
         gross = s.side * (trade.sold - trade.bought) * x.multiplier
         by = trade.leaving if trade.last_exit == "exit" else trade.last_exit
         self.positions.append((
-            trade.number, x.id, trade.opened, self.clock.timestamp_ns(), s.side, trade.units_in, trade.bought / trade.units_in,
+            trade.number, x.id, trade.opened, self.time.timestamp_ns(), s.side, trade.units_in, trade.bought / trade.units_in,
             trade.sold / trade.units_out, gross, trade.fees, gross - trade.fees, x.currency, s.horizon_ns, s.regime, s.confidence,
             s.expected_ticks, s.cost_ticks, by,
         ))  # fmt: skip
-        self._mark(k, math.nan, self.clock.timestamp_ns())
+        if self.terms.journal is not None:
+            self.terms.journal.closed(trade.number, self.now(), by, self.positions[-1])
+        self._mark(k, math.nan, self.time.timestamp_ns())
 
     def _mark(self, k: int, mid: float, ts: int) -> None:
-        self.equity.append((ts, self.terms.instruments[k].currency, self.ledger.mark(k, mid, ts)))
+        x, pnl = self.terms.instruments[k], self.ledger.mark(k, mid, ts)
+        if self.terms.journal is not None:
+            self.terms.journal.mark(ts, x.id, mid, pnl, self.ledger.positions[k])
+        self.equity.append((ts, x.currency, pnl))
 
 
 _TOLD: Final = ("order_side", "quantity", "price", "trigger_price", "last_qty", "last_px", "commission", "liquidity_side")

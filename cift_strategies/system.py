@@ -1,4 +1,4 @@
-"""Wires actors and strategy once, for every runner; builds engines and nodes. The only file that constructs them.
+"""Wires actors and strategy once, for every runner; builds engines and nodes, of history and live. The only file that constructs them.
 
 A moved or renamed constructor of NautilusTrader touches this place alone.
 """
@@ -6,11 +6,12 @@ A moved or renamed constructor of NautilusTrader touches this place alone.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nautilus_trader.adapters.sandbox import SandboxExecutionClientConfig, SandboxExecutionClientFactory
 from nautilus_trader.backtest import (
     BacktestDataConfig,
     BacktestEngineConfig,
@@ -18,9 +19,21 @@ from nautilus_trader.backtest import (
     BacktestRunConfig,
     BacktestVenueConfig,
 )
-from nautilus_trader.common import LoggerConfig, LogLevel
+from nautilus_trader.common import Environment, LoggerConfig, LogLevel
 from nautilus_trader.execution import FeeModel, StaticLatencyModel
-from nautilus_trader.model import BookType, Currency, InstrumentId, LiquiditySide, Money, NautilusDataType
+from nautilus_trader.live import LiveDataEngineConfig, LiveNode, LiveRiskEngineConfig, RoutingConfig
+from nautilus_trader.model import (
+    AccountType,
+    BookType,
+    Currency,
+    InstrumentId,
+    LiquiditySide,
+    Money,
+    NautilusDataType,
+    OmsType,
+    TraderId,
+    Venue,
+)
 
 from catalog.errors import InputError
 from catalog.events import Instrument, catalog_counts
@@ -49,13 +62,14 @@ class System:
         add_strategy(self.strategy)
 
 
-def assemble(terms: Terms, predictor: Predictor, strategy: str | None = None) -> System:
-    """The system for `terms`: `predictor` answers each batch, `strategy` ("package.module:Class") replaces ours.
+def assemble(terms: Terms, predictor: Predictor, strategy: str | None = None, restamp: bool = False) -> System:
+    """The system for `terms`: `predictor` answers each batch, `strategy` ("package.module:Class") replaces ours; `restamp`: see Translator.
 
     Raises InputError when there is no such class or it does not extend EnsembleStrategy.
     """
     kind = EnsembleStrategy if strategy is None else strategy_class(strategy)
-    return System(FeatureActor(terms.instruments, terms.faults), InferenceActor(predictor, terms.faults), kind(terms))
+    features = FeatureActor(terms.instruments, terms.faults, terms.pace, restamp)
+    return System(features, InferenceActor(predictor, terms.faults, terms.pace), kind(terms))
 
 
 def strategy_class(path: str) -> type[EnsembleStrategy]:
@@ -166,3 +180,69 @@ def run_backtest(system: System, replay: Replay, faults: Faults) -> tuple[Backte
         results = node.run()
     faults.reraise()
     return results[0], node, config.id
+
+
+# --- live -----------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """A data or execution client of Nautilus's: its name, factory and configuration. `restamp`: see Translator."""
+
+    name: str
+    factory: Any
+    config: Any
+    restamp: bool = False
+
+
+def sandbox(instruments: Sequence[Instrument], capital: float, order_latency_ns: int, faults: Faults) -> list[Client]:
+    """The backtest's simulated venues for a live node: the same fees, latency, queue position and balances."""
+    by_venue: dict[str, list[Instrument]] = {}
+    for x in instruments:
+        by_venue.setdefault(str(InstrumentId.from_str(x.id).venue), []).append(x)
+    clients = []
+    for name, traded in sorted(by_venue.items()):
+        config = SandboxExecutionClientConfig(
+            venue=Venue(name),
+            starting_balances=[Money(capital, Currency.from_str(c)) for c in sorted({x.currency for x in traded})],
+            oms_type=OmsType.NETTING,
+            account_type=AccountType.MARGIN,
+            book_type=BOOKS[traded[0].level],
+            bar_execution=False,
+            reject_stop_orders=False,
+            fee_model=Fees(traded, faults),
+            latency_model=StaticLatencyModel(base_latency_nanos=order_latency_ns),
+            liquidity_consumption=True,
+            queue_position=traded[0].level > 1,
+        )
+        clients.append(Client(name, SandboxExecutionClientFactory(), config))
+    return clients
+
+
+def live_node(
+    system: System, feeds: Sequence[Client], venues: Sequence[Client], simulated: bool, actors: Sequence[Any] = (),
+    limits: Mapping[str, Any] | None = None, trader: str = "CIFT-001",
+) -> LiveNode:  # fmt: skip
+    """A node with `feeds` and `venues` (`simulated`: sandboxes), `system` and then `actors`. `limits`: of LiveRiskEngineConfig."""
+    from cift_strategies.definitions import NAME, DefinitionsConfig, DefinitionsFactory
+
+    builder = LiveNode.builder("CIFT", TraderId(trader), Environment.SANDBOX if simulated else Environment.LIVE)
+    known = DefinitionsConfig(system.strategy.terms.instruments)
+    builder = builder.add_data_client(NAME, DefinitionsFactory, known, RoutingConfig(default=False))
+    for n, feed in enumerate(feeds):
+        builder = builder.add_data_client(feed.name, feed.factory, feed.config, RoutingConfig(default=n == 0))
+    for venue in venues:
+        add = builder.add_simulated_exec_client if simulated else builder.add_exec_client
+        builder = add(venue.name, venue.factory, venue.config)
+    node = (
+        builder.with_reconciliation(not simulated)
+        .with_logging(LoggerConfig(stdout_level=LogLevel.ERROR))
+        .with_delay_post_stop_secs(1)
+        .with_data_engine_config(LiveDataEngineConfig(emit_quotes_from_book=True))
+        .with_risk_engine_config(LiveRiskEngineConfig(**(limits or {})))
+        .build()
+    )
+    system.add_to(node.add_actor, node.add_strategy)
+    for actor in actors:
+        node.add_actor(actor)
+    return node

@@ -1,0 +1,286 @@
+"""One live session from feed to report: paper trading on a replay without keys, or a node on a real feed and venue.
+
+:func:`run` takes a :class:`LiveConfig`; the state folder gets the journal, and at the end the report that a backtest writes. The actors and
+the strategy are the backtest's; what differs are values: the feed and the venue, a pace, and a predictor that answers later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from catalog.errors import InputError
+from catalog.events import Instrument
+from catalog.progress import Steps
+from cift_strategies.live_config import LiveConfig, check, confirm, imported, locked
+from cift_strategies.live_models import ROOT, Prepared, prepare
+from cift_strategies.live_session import Session
+
+if TYPE_CHECKING:
+    from cift_strategies.feeds.health import Health
+    from cift_strategies.monitor import Controls, Monitor
+    from cift_strategies.outcome import Scored
+    from cift_strategies.serving import Serving
+    from cift_strategies.system import Client, System
+
+READY_S: Final = 60  # for the gateway and the models to be ready
+SCORED_S: Final = 120
+
+
+def run(config: LiveConfig, ask: Callable[[str], str] = input) -> Path:
+    """The whole session; returns the folder with the report. Raises InputError for what the user can mend."""
+    check(config)
+    confirm(config, ask)
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with locked(config.state), contextlib.ExitStack() as stack:
+            return _run(config, stack)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(_number: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _run(config: LiveConfig, stack: contextlib.ExitStack) -> Path:
+    began = time.monotonic()
+    state = config.state.resolve()
+    from cift_strategies.journal import Journal
+
+    journal = Journal(state, config.model_dump_json(), "normal" if config.simulated else "full", not config.simulated)
+    stack.callback(journal.close)
+    ready = prepare(config)
+    from cift_models.hmm import REGIMES
+    from cift_strategies.controls import Switches, Watch
+    from cift_strategies.display import Display
+    from cift_strategies.faults import Faults
+    from cift_strategies.feeds.health import Health
+    from cift_strategies.pace import Pace
+    from cift_strategies.recovery import recover
+    from cift_strategies.serving import Models, Serving
+    from cift_strategies.strategy import Terms
+    from cift_strategies.system import assemble, live_node
+
+    faults, beside, health = Faults(), Beside(), Health(ready.instruments)
+    stack.callback(beside.stop)
+    pace: Pace | None = None
+    ends: dict[int, int] = {}
+    if config.feed == "replay":
+        feed, told = replay(config, ready, beside, health)
+        pace, last = Pace(int(told["start"]), 0, config.speed), int(told["end"])
+        ends = dict.fromkeys(range(len(ready.instruments)), last)
+    else:
+        feed, last = real(config, ready, health), None
+    results = state / "predictions"
+    results.mkdir(exist_ok=True)
+    budget = None if config.budget_ms is None else round(config.budget_ms * 1e6)
+    learned = journal.weights() if journal.goes_on or config.feed != "replay" else {}
+    table = tuple(ready.instruments)
+    models = Models(ready.artifact.resolve(), table, config.members, budget, ready.altdata, config.seed, results, learned)
+    serving = Serving(models, time.time_ns if pace is None else pace.now)
+    stack.callback(serving.close)
+    serving.on_learned = journal.learned
+    latency = round(config.order_latency_ms * 1e6)
+    terms = Terms(
+        tuple(ready.instruments), config.settings, config.limits, REGIMES, 0, ends, {}, latency, faults, pace=pace, journal=journal
+    )
+    system = assemble(terms, serving, config.strategy, feed.restamp)
+    display = Display(system, serving)
+    stack.callback(display.close)
+    journal.say = display.say
+    recovered = recover(system.strategy, journal, config.simulated, config.resting, display.say)
+    watch = Watch(system.strategy, serving, health, config.feed, display.say, config.late_ms, config.ahead_ms, config.model_ms)
+    about = {"mode": config.feed, "venue": config.venue, "speed": config.speed}
+    switches = Switches(system.strategy, serving, watch, display.say, about)
+    if recovered is not None and recovered.switch[0] in ("killed", "paused"):
+        switches.state, switches.reason = recovered.switch
+    display.tell(switches.status)
+    actors = [watch, *monitor(config, system, switches, stack, display.say)]
+    node = live_node(
+        system, [feed], venues(config, ready, latency, faults), config.simulated, actors, engine_limits(config, ready.instruments)
+    )
+    if (config.state / "kill").exists():
+        switches.kill(f"the file {config.state / 'kill'} is there: remove it and resume")
+    if pace is not None and (recovered is None or not recovered.waits):
+        with Steps("models"):
+            serving.ready.wait(READY_S)
+    if serving.fault is not None and serving.ready.is_set():
+        raise InputError(serving.fault)
+    session = Session(config, system, serving, switches, watch, node, last, display)
+    switches.run()
+    display.say(f"{config.feed} of {', '.join(x.id for x in ready.instruments)} on {config.venue}; Ctrl-C ends it")
+    asyncio.run(session.run())
+    serving.disconnect()
+    signal.signal(signal.SIGTERM, _interrupt)  # the loop has put the system's own in its place
+    display.close()
+    faults.reraise()
+    journal.close(system.strategy.flat)
+    with Steps("scores"):
+        scored = serving.finish(SCORED_S)
+    return finish(config, ready, system, serving, switches, scored, time.monotonic() - began, node)
+
+
+def replay(config: LiveConfig, ready: Prepared, beside: Beside, health: Health) -> tuple[Client, dict[str, Any]]:
+    """Start the gateway on the files; the Databento client of it, and what the gateway told."""
+    from cift_strategies.feeds import databento
+    from cift_strategies.feeds.gateway import DEMO_KEY
+
+    faults = [word for f in config.faults for word in ("--fault", f)]
+    asked = ("--dbn", *map(str, ready.files), "--speed", repr(config.speed), "--key", DEMO_KEY, "--with-parent", *faults)
+    told = beside.start("cift_strategies.feeds.gateway", *asked)
+    live, historical = told["live"], told["historical"]
+    return databento.client(ready.instruments, told["dataset"], DEMO_KEY, live=live, historical=historical, health=health), told
+
+
+def real(config: LiveConfig, ready: Prepared, health: Health) -> Client:
+    """The client of a feed with a key."""
+    from cift_strategies.system import Client
+
+    if config.feed == "databento":
+        from cift_strategies.feeds import databento
+
+        assert config.dataset is not None
+        return databento.client(ready.instruments, config.dataset, health=health)
+    from cift_strategies.feeds import polygon
+
+    return Client(polygon.NAME, *polygon.client(config.symbols, instruments=list(ready.instruments), health=health))
+
+
+def _built(value: Any, where: str) -> Any:
+    """A value of `venue_config` as the client wants it: "@package.module:Name.attribute" is what it names, a table with `class` is an
+    object of that class, of the table's other keys or its `value`."""
+    if isinstance(value, str) and value.startswith("@"):
+        return imported(value[1:], where)
+    if isinstance(value, dict) and "class" in value:
+        kind, arguments = imported(value["class"], where), {k: _built(v, where) for k, v in value.items() if k not in ("class", "value")}
+        return kind(value["value"]) if "value" in value else kind(**arguments)
+    return value
+
+
+def venues(config: LiveConfig, ready: Prepared, latency_ns: int, faults: Any) -> list[Client]:
+    """The sandbox with the backtest's fees, latency and queue position, or the adapter that the config names."""
+    from cift_strategies.system import Client, sandbox
+
+    if config.simulated:
+        wall_ns = round(latency_ns / config.speed) if config.speed else 0
+        return sandbox(ready.instruments, config.limits.capital, wall_ns, faults)
+    arguments = dict(config.venue_config)
+    name = arguments.pop("name", None)
+    if "class" not in arguments or name is None:
+        raise InputError("venue_config needs `class` (the client's configuration, package.module:Config) and `name` (of the client)")
+    factory = imported(config.venue, "--venue")
+    try:
+        return [Client(str(name), factory if hasattr(factory, "create") else factory(), _built(arguments, "venue_config"))]
+    except (TypeError, ValueError, AttributeError) as e:
+        raise InputError(f"venue_config does not fit {arguments['class']}: {e}") from None
+
+
+def engine_limits(config: LiveConfig, instruments: Sequence[Instrument]) -> dict[str, Any]:
+    """Nautilus's own checks behind ours: no order above the largest position, and a ceiling on the rate."""
+    most = config.limits.max_notional * config.limits.capital * 1.5  # prices move while an exit is worked
+    rate = 20 * (config.limits.max_order_rate or 50)
+    return {"max_order_submit_rate": f"{rate}/00:00:01", "max_notional_per_order": {x.id: f"{most:.0f}" for x in instruments}}
+
+
+def monitor(
+    config: LiveConfig, system: System, switches: Controls, stack: contextlib.ExitStack, say: Callable[[str], object]
+) -> list[Monitor]:
+    """The monitor, and its server as a process that is started again when it dies."""
+    from cift_strategies.monitor import Monitor
+    from cift_strategies.server.link import Link
+    from cift_strategies.server.supervisor import Supervisor
+
+    link = Link(config.state / "link.sock")
+    stack.callback(link.close)
+    members = [word for m in config.members for word in ("--member", m)]
+    server = Supervisor(link, config.state, config.port, members, say)
+    stack.callback(server.stop)
+    say(f"page and API: {server.start()['url']}")
+    return [Monitor(system, switches, link, config.feed, config.state / "trail.jsonl")]
+
+
+def finish(
+    config: LiveConfig, ready: Prepared, system: System, serving: Serving, switches: Any, scored: Scored | None, seconds: float, node: Any
+) -> Path:
+    """Write the report into the state folder."""
+    from cift_strategies.backtest import _traded
+    from cift_strategies.outcome import write_run
+
+    traded = _traded(system.strategy)
+    node.dispose()
+    if scored is None or not scored.first:
+        print(f"no report: {'no event came' if scored is not None else serving.fault or 'the models did not answer'}", file=sys.stderr)
+        return config.state
+    (config.state / "predictions" / "predictions.parquet").replace(config.state / "predictions.parquet")
+    with contextlib.suppress(OSError):
+        (config.state / "predictions").rmdir()
+    events = system.features.vectors
+    told = {
+        "events": events, "events_streamed": events, "feature_vectors": events, "wall_seconds": seconds,
+        "events_per_second": events / seconds,
+        "data_quality": {}, "callback_errors": system.strategy.faults.count, "notes": [], "seed": config.seed, "device": "cpu",
+        "live": {
+            "feed": config.feed, "venue": config.venue, "speed": config.speed, "skipped": serving.skipped, "lost": serving.lost,
+            "stages": [t.told(s) for s, t in {**serving.timings, **switches.status()["timings"]}.items()],
+        },
+    }  # fmt: skip
+    with Steps("report"):
+        write_run(
+            config.state, ready.name, ready.instruments, scored, traded, told, config.model_dump(mode="json"), config.order_latency_ms
+        )
+    return config.state
+
+
+# --- the processes beside the node ----------------------------------------------------------------------------------------------------
+
+
+class Beside:
+    """Processes that live as long as the session."""
+
+    def __init__(self) -> None:
+        self._started: list[subprocess.Popen[str]] = []
+
+    def start(self, module: str, *arguments: str, wait: bool = True) -> dict[str, Any]:
+        """Start `python -m module`; what its first line of JSON says. Raises InputError with its own last line where it ends first."""
+        errors = subprocess.PIPE if wait else None
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+            cwd=ROOT, start_new_session=True,
+        )  # fmt: skip
+        self._started.append(process)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line.startswith("{"):
+            process.wait(READY_S)
+            said = (process.stderr.read() if process.stderr is not None else "").strip().splitlines()
+            raise InputError((said[-1] if said else f"{module} ended with exit code {process.returncode}").removeprefix("error: "))
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                _drain(pipe)
+        return dict(json.loads(line))
+
+    def stop(self) -> None:
+        for process in self._started:
+            process.terminate()
+        for process in self._started:
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._started.clear()
+
+
+def _drain(pipe: Any) -> None:
+    """Read on, so that the process never waits for us."""
+    threading.Thread(target=lambda: [None for _ in pipe], daemon=True).start()

@@ -1,0 +1,84 @@
+"""Trade the ensemble on a live feed: the demo market's replay on paper without keys, Databento or Polygon with one."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from catalog.errors import InputError, exit_code
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command(help=__doc__)
+def live(
+    feed: Annotated[str | None, typer.Option(help="replay (default, needs no key), databento or polygon")] = None,
+    venue: Annotated[str | None, typer.Option(help="sandbox (default), or package.module:Factory of an execution client")] = None,
+    artifacts: Annotated[Path | None, typer.Option(help="trained models; default: the demo's, trained at the first start")] = None,
+    speed: Annotated[float | None, typer.Option(help="how fast a replay's time runs; 0: as fast as it is read; default 1")] = None,
+    duration: Annotated[float | None, typer.Option(help="seconds until the session ends; default: Ctrl-C, or the replay's end")] = None,
+    state: Annotated[Path | None, typer.Option(help="folder with the journal and the report; default out/live")] = None,
+    port: Annotated[int | None, typer.Option(help="of the page and the API; default 0: any free one")] = None,
+    real: Annotated[bool, typer.Option("--live", help="send real orders to a --venue that is not the sandbox; asks first")] = False,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda")] = None,
+    seed: Annotated[int | None, typer.Option(help="of the demo market and of training; default 7")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML with the same settings and more; the command line goes first")] = None,
+) -> None:
+    given = {
+        "feed": feed, "venue": venue, "artifacts": artifacts, "speed": speed, "duration": duration, "state": state, "port": port,
+        "live": real or None, "device": device, "seed": seed,
+    }  # fmt: skip
+    settings = _config(config, {k: v for k, v in given.items() if v is not None})
+
+    from cift_strategies.live import run
+
+    folder = run(settings)
+    summary = folder / "summary.json"
+    if summary.is_file():
+        import json
+
+        from cift_strategies.report import print_summary
+
+        told = json.loads(summary.read_text())
+        print_summary({**told, "rule": told["baseline_rule"]})
+        print(f"report: {folder / 'report.html'}")
+
+
+def _config(path: Path | None, given: dict[str, Any]) -> Any:
+    from pydantic import ValidationError
+
+    from cift_strategies.live_config import LiveConfig
+
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as e:
+            raise InputError(f"cannot read --config {path}: {e.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+            raise InputError(f"--config {path} is not valid TOML: {e}") from None
+    try:
+        return LiveConfig.model_validate(values | given)
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(str(x) for x in first["loc"] if not isinstance(x, int))
+        named = f"{path}: {where}" if path is not None and first["loc"][0] not in given else "--" + where.replace("_", "-")
+        raise InputError(f"{named}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+
+
+def main() -> None:
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # what was typed is no command line
+            raise InputError(f"{error.format_message()}; see --help") from None
+        raise
+    if code == 130:  # Typer turns Ctrl-C into this
+        raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))

@@ -1,0 +1,327 @@
+"""A live session on the replay: what it trades and leaves behind, what stops it, and what it refuses to begin."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import EAGER, Small
+
+from catalog.errors import InputError
+from catalog.events import SCALE, read_catalog
+from cift_strategies.backtest import HORIZON_LABELS
+from cift_strategies.live import venues
+from cift_strategies.live_config import ORDERS_NEED, LiveConfig, check, confirm, locked
+from cift_strategies.live_models import Prepared
+from cift_strategies.pace import Pace, Paced
+from cift_strategies.risk import Ledger, Limits
+
+ROOT = Path(__file__).parents[2]
+WITHIN_S = 240  # guards against hanging, no more
+
+
+def last_session(small: Small) -> list[Path]:
+    market = small.catalog.parent / "market"
+    return [sorted(market.glob(f"*.{kind}.dbn.zst"))[-1] for kind in ("mbo", "definition")]
+
+
+def session(small: Small, state: Path, *options: str, strategy: str = EAGER, **more: Any) -> subprocess.Popen[str]:
+    """`run_live.py` on the last session of the small market, as a process."""
+    config = state.with_suffix(".toml")
+    settings = {"dbn": [str(p) for p in last_session(small)], "artifacts": str(small.artifact), "strategy": strategy, **more}
+    tables = {k: v for k, v in settings.items() if isinstance(v, dict)}
+    lines = [f"{k} = {json.dumps(v)}" for k, v in settings.items() if k not in tables]
+    lines += [line for k, t in tables.items() for line in (f"[{k}]", *(f"{n} = {json.dumps(v)}" for n, v in t.items()))]
+    config.write_text("\n".join(lines))
+    command = [sys.executable, "run_live.py", "--config", str(config), "--state", str(state), *options]
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths, "CIFT_KILL": str(state / "kill")}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def rows(state: Path, query: str) -> list[tuple[Any, ...]]:
+    with sqlite3.connect(state / "journal.sqlite") as db:
+        return db.execute(query).fetchall()
+
+
+# --- whole sessions -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def played(small: Small, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The whole session as fast as it goes, and what was printed."""
+    state = tmp_path_factory.mktemp("live") / "state"
+    process = session(small, state, "--speed", "0")
+    said, _ = process.communicate(timeout=WITHIN_S)
+    assert process.returncode == 0, said
+    return state, said
+
+
+def test_a_session_leaves_what_a_backtest_leaves(played: tuple[Path, str]) -> None:
+    state, said = played
+    assert {"report.html", "summary.json", "fills.parquet", "positions.parquet", "predictions.parquet", "journal.sqlite"} <= {
+        p.name for p in state.iterdir()
+    }
+    summary = json.loads((state / "summary.json").read_text())
+    assert summary["fills"] > 20 and summary["open_at_end"] == 0 and summary["callback_errors"] == 0
+    assert "the replay has ended" in said and "Traceback" not in said
+    assert (state / "token").stat().st_mode & 0o077 == 0 and not (state / "link.sock").exists()
+
+
+def test_features_and_predictions_of_a_session_are_those_of_its_backtest(played: tuple[Path, str], small: Small) -> None:
+    """However fast it comes, and however the stream was cut: no event is left out, and what every member says is equal to the last bit.
+
+    The ensemble's weights learn from the outcomes of all instruments in the order in which these arrive; where a venue's event of one of
+    them stands astride an event of another, that order is not the catalog's, and a later decision differs by what one outcome teaches.
+    """
+    state, _ = played
+    summary, events = json.loads((state / "summary.json").read_text()), read_events(small)
+    assert summary["feature_vectors"] == len(events) and summary["live"]["lost"] == 0
+    assert summary["start"] == int(events["ts_init"][0])
+    live, backtest = decisions(state), decisions(small.out)
+    assert len(backtest) > 20_000 and backtest.keys() <= live.keys()
+    assert all(live[key][0] == exact for key, (exact, _) in backtest.items())
+    ours, theirs = (np.array([d[key][1] for key in backtest]) for d in (live, backtest))
+    assert np.allclose(ours, theirs, atol=1e-3, equal_nan=True)
+
+
+def decisions(folder: Path) -> dict[tuple[int, str], tuple[bytes, list[float]]]:
+    """Of each batch and instrument: mid, regime, every member's votes and what came of it, as bytes; and what the ensemble made of them."""
+    exact = ["mid", "regime", *(f"move_{h}" for h in HORIZON_LABELS)]
+    mixed = [f"{c}_{h}" for h in HORIZON_LABELS for c in ("p_down", "p_up")]
+    table = pq.read_table(folder / "predictions.parquet", columns=["ts", "instrument", "votes", *exact, *mixed])
+    votes = table["votes"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+    first, second = (np.stack([table[n].to_numpy() for n in names], axis=1) for names in (exact, mixed))
+    keys = zip(table["ts"].cast("int64").to_pylist(), table["instrument"].to_pylist())
+    both = zip(np.concatenate([votes, first], axis=1), second.tolist())
+    return {key: (row.tobytes(), mix) for key, (row, mix) in zip(keys, both)}
+
+
+def read_events(small: Small) -> Any:
+    events = np.concatenate(list(read_catalog(small.catalog)[1]))
+    clears = events[events["action"] == ord("R")]["ts_init"]
+    return events[events["ts_init"] >= clears[-2]]  # two instruments open within a second
+
+
+def test_the_journal_holds_every_signal_order_event_and_fill(played: tuple[Path, str]) -> None:
+    state, _ = played
+    summary = json.loads((state / "summary.json").read_text())
+    fills = pq.read_table(state / "fills.parquet").to_pylist()
+    kept = rows(state, 'select instrument, "order", role, side, price, size, fee from fills')
+    assert kept == [tuple(f[c] for c in ("instrument", "order", "role", "side", "price", "size", "fee")) for f in fills]
+    assert len(rows(state, "select * from signals")) == summary["decisions"]["entered"]
+    events = dict(rows(state, "select event, count(*) from orders group by event"))
+    assert events == summary["order_events"]
+    assert rows(state, "pragma journal_mode") == [("wal",)]
+
+
+def test_the_kill_file_cancels_and_flattens_and_nothing_is_entered_after(small: Small, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    process = session(small, state, "--speed", "20", "--duration", "20", strategy="live_strategies:Trips")
+    said, _ = process.communicate(timeout=WITHIN_S)
+    assert process.returncode == 0, said
+    assert "killed: the file" in said
+    summary = json.loads((state / "summary.json").read_text())
+    assert summary["closed_by"].get("killed", 0) >= 1 and summary["open_at_end"] == 0
+    assert summary["decisions"]["halted: kill switch"] > 10
+    assert summary["decisions"]["entered"] <= 8  # two instruments, and what was decided before the file was seen
+    last = dict(rows(state, "select client_order_id, event from orders order by rowid"))
+    assert not set(last.values()) & {"OrderSubmitted", "OrderAccepted", "OrderPendingCancel", "OrderTriggered"}
+
+
+def test_a_signal_ends_the_session_with_its_positions_closed_and_its_report_written(small: Small, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    process = session(small, state, "--speed", "20")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "fills " in line and "fills 0 " not in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    said, _ = process.communicate(timeout=WITHIN_S)
+    assert process.returncode == 0 and "stopping: SIGTERM" in said
+    assert json.loads((state / "summary.json").read_text())["open_at_end"] == 0
+
+
+def test_a_silent_feed_halts_entries_and_says_so_until_it_speaks_again(small: Small, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    process = session(small, state, "--speed", "20", "--duration", "15", faults=["stall@3000:4"])
+    said, _ = process.communicate(timeout=WITHIN_S)
+    assert process.returncode == 0, said
+    silent, again = said.find("no entries: feed replay is silent"), said.find("entries again: feed is well")
+    assert 0 < silent < again
+
+
+def test_a_fault_in_a_callback_ends_the_session_with_its_traceback(small: Small, tmp_path: Path) -> None:
+    process = session(small, tmp_path / "state", "--speed", "20", "--duration", "60", strategy="live_strategies:Fails")
+    said, _ = process.communicate(timeout=WITHIN_S)
+    assert process.returncode == 1 and "ArithmeticError: a fault of the strategy" in said
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------------------------
+
+
+def test_one_state_folder_is_for_one_session(tmp_path: Path) -> None:
+    with locked(tmp_path / "s"), pytest.raises(InputError, match="another session runs on"), locked(tmp_path / "s"):
+        pass
+    with locked(tmp_path / "s"):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written"), locked(tmp_path / "file" / "s"):
+        pass
+
+
+@pytest.mark.parametrize("feed", ["databento", "polygon"])
+def test_a_real_feed_needs_its_key(feed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(f"{feed.upper()}_API_KEY", raising=False)
+    with pytest.raises(InputError, match=f"needs a key: export {feed.upper()}_API_KEY"):
+        check(LiveConfig(feed=feed))
+
+
+def test_a_port_in_use_is_refused() -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        with pytest.raises(InputError, match="cannot be used"):
+            check(LiveConfig(port=s.getsockname()[1]))
+
+
+def real(**more: Any) -> LiveConfig:
+    limits = {n: 1_000 for n in ORDERS_NEED} | {"max_notional": 0.1, "max_daily_loss": 0.01, "max_drawdown": 0.02}
+    return LiveConfig(venue="nautilus_trader.adapters.sandbox:SandboxExecutionClientFactory", limits=Limits(**limits), **more)
+
+
+def test_real_orders_need_the_option_the_limits_and_a_real_feed() -> None:
+    with pytest.raises(InputError, match="add --live"):
+        check(real())
+    with pytest.raises(InputError, match="set capital, max_order, max_position"):
+        check(real(live=True).model_copy(update={"limits": Limits()}))
+    with pytest.raises(InputError, match="choose a real feed"):
+        check(real(live=True))
+    with pytest.raises(InputError, match="cannot be imported"):
+        check(LiveConfig(venue="nowhere:Factory", live=True))
+    with pytest.raises(InputError, match="is unknown"):
+        check(LiveConfig(venue="nasdaq"))
+
+
+def test_real_orders_need_the_name_of_the_venue_typed() -> None:
+    confirm(LiveConfig(), ask=lambda _: pytest.fail("the sandbox asks nothing"))
+    confirm(real(live=True), ask=lambda _: " SandboxExecutionClientFactory ")
+    for typed in ("", "yes", "sandboxexecutionclientfactory"):
+        with pytest.raises(InputError, match="not confirmed"):
+            confirm(real(live=True), ask=lambda _, typed=typed: typed)
+
+    def closed(_: str) -> str:
+        raise EOFError
+
+    with pytest.raises(InputError, match="not confirmed"):
+        confirm(real(live=True), ask=closed)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_brokers_of_the_documentation_are_configured_as_it_says(n: int) -> None:
+    """Their adapters take the configuration; nothing is connected."""
+    text = (ROOT / "docs" / "live.md").read_text().split("## 3. A broker")[1].split("```toml")[n].split("```")[0]
+    values = tomllib.loads(text)
+    config = LiveConfig.model_validate(values | {"feed": "databento"})
+    (client,) = venues(config, Prepared([], Path(), ""), 0, None)
+    assert client.name == values["venue_config"]["name"] and type(client.factory).__name__ == config.venue.split(":")[1]
+    broken = config.model_copy(update={"venue_config": values["venue_config"] | {"bogus": 1}})
+    with pytest.raises(InputError, match="venue_config does not fit"):
+        venues(broken, Prepared([], Path(), ""), 0, None)
+    nameless = config.model_copy(update={"venue_config": {"class": values["venue_config"]["class"]}})
+    with pytest.raises(InputError, match="needs `class`"):
+        venues(nameless, Prepared([], Path(), ""), 0, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--feed", "bloomberg"], "--feed: input should be 'replay', 'databento' or 'polygon'"),
+        (["--speed", "-1"], "--speed: input should be greater than or equal to 0"),
+        (["--duration", "0"], "--duration: input should be greater than 0"),
+        (["--port", "70000"], "--port: input should be less than or equal to 65535"),
+        (["--artifacts", "/nowhere"], "/nowhere/manifest.json is missing"),
+        (["--config", "/nowhere.toml"], "cannot read --config /nowhere.toml"),
+        (["--bogus"], "No such option: --bogus"),
+    ],
+)
+def test_a_wrong_command_line_costs_one_line_and_code_2(options: list[str], why: str, tmp_path: Path, small: Small) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text(f"dbn = {json.dumps([str(p) for p in last_session(small)])}\n")
+    source = [] if "--config" in options else ["--config", str(config)]
+    command = [sys.executable, "run_live.py", "--state", str(tmp_path / "s"), *source, *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=WITHIN_S)
+    assert done.returncode == 2
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and why in said[0] and "Traceback" not in done.stderr
+
+
+# --- time and limits ------------------------------------------------------------------------------------------------------------------
+
+
+class Wall:
+    """A wall clock that a test turns."""
+
+    def __init__(self) -> None:
+        self.ns, self.alerts = 1_000 * SCALE, list[tuple[int, Any]]()
+
+    def timestamp_ns(self) -> int:
+        return self.ns
+
+    def set_time_alert_ns(self, name: str, alert_time_ns: int, callback: Any = None) -> None:
+        self.alerts.append((alert_time_ns, callback))
+
+
+def test_a_replays_time_runs_at_its_speed_from_the_first_event_on() -> None:
+    wall = Wall()
+    pace = Pace(5 * SCALE, 0, 20.0, wall.timestamp_ns)
+    assert pace.now() == 5 * SCALE
+    pace.see(7 * SCALE)
+    wall.ns += SCALE
+    assert pace.now() == 27 * SCALE == pace.stream(wall.ns) and pace.wall(47 * SCALE) == wall.ns + SCALE
+    pace.see(26 * SCALE)
+    assert pace.now() == 27 * SCALE
+    pace.see(30 * SCALE)  # the first one had been held up
+    assert pace.now() == 30 * SCALE
+    Paced(wall, pace).set_time_alert_ns("a", 50 * SCALE, print)
+    assert wall.alerts == [(wall.ns + SCALE, print)]
+
+
+def test_an_unthrottled_replays_time_is_its_newest_stamp_and_alerts_go_with_it() -> None:
+    wall, ran = Wall(), list[int]()
+    pace = Pace(0, 0, 0.0, wall.timestamp_ns)
+    clock = Paced(wall, pace)
+    for ts in (30, 10, 20):
+        clock.set_time_alert_ns("x", ts, lambda _, ts=ts: ran.append(ts))
+    pace.see(5)
+    assert clock.timestamp_ns() == 5 and ran == []
+    pace.see(20)
+    pace.see(15)
+    assert clock.timestamp_ns() == 20 and ran == [10, 20] and wall.alerts == []
+    pace.see(30)
+    assert ran == [10, 20, 30]
+
+
+def test_entries_are_held_back_by_their_rate_and_their_size() -> None:
+    from tapes import SHARE
+
+    ledger = Ledger([SHARE], Limits(max_order_rate=3, max_order=7.0))
+    assert ledger.size(0, 100.0, 0.05, "calm") == 7 * SCALE
+    for n in range(3):
+        assert ledger.halted(0, n) is None
+        ledger.entered(n)
+    assert ledger.halted(0, SCALE - 1) == "halted: order rate" and ledger.halted(0, SCALE) is None

@@ -1,0 +1,211 @@
+"""Inference in a process of its own: it says what the engine says, skips predictions but no event, and cannot hold up whoever asks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import Small
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from catalog.errors import InputError
+from catalog.events import EVENT, read_catalog
+from cift_models.features import NAMES
+from cift_models.inference import Engine, Predictions, stream
+from cift_models.windows import Block
+from cift_strategies.messages import FeatureVector, Prediction
+from cift_strategies.serving import CAPACITY, LOST, Models, Ring, Serving
+
+WAIT_S = 120
+
+
+def vectors(instrument: int, events: Any, rows: Any, closes: Any) -> FeatureVector:
+    return FeatureVector(instrument, int(events["ts_init"][-1]), events, rows, tuple(int(c) for c in closes))
+
+
+@pytest.fixture(scope="module")
+def session(small: Small) -> tuple[list[FeatureVector], list[Block], Any]:
+    """The first 12,000 events after the split, one vector each, and the blocks that they make up."""
+    start = small.result.split_ns + 1
+    table, chunks = read_catalog(small.catalog, None, start, None)
+    blocks, made = [], []
+    for block in stream(table, chunks):
+        blocks.append(block)
+        closing = set(block.closes.tolist())
+        for i in range(len(block.events)):
+            one = block.events[i : i + 1]
+            made.append(vectors(int(one["instrument"][0]), one, block.rows[i : i + 1], (0,) if i in closing else ()))
+        if len(made) >= 12_000:
+            break
+    return made, blocks, table
+
+
+class Asked(Serving):
+    """With what it answered, in order, and an event for whoever waits."""
+
+    def __init__(self, small: Small, table: Any, results: Path | None = None, capacity: int = CAPACITY) -> None:
+        self.got: list[Prediction] = []
+        self.more = threading.Event()
+        super().__init__(Models(small.artifact, tuple(table), results=results), lambda: 2**62, capacity)
+        self.connect(lambda call, *a: call(*a), self._take)
+        assert self.ready.wait(WAIT_S) and self.fault is None
+
+    def _take(self, predictions: Sequence[Prediction]) -> None:
+        self.got += predictions
+        self.more.set()
+
+    def until(self, batches: int) -> None:
+        while self.batches < batches:
+            self.more.clear()
+            if self.batches < batches:
+                assert self.more.wait(WAIT_S), f"{self.batches} of {batches} batches, {self.fault}"
+
+
+@pytest.fixture
+def serving(small: Small, session: Any, tmp_path: Path) -> Iterator[Asked]:
+    made = Asked(small, session[2], tmp_path)
+    yield made
+    made.close()
+
+
+def test_what_is_answered_is_what_the_engine_says_of_the_whole_history(small: Small, session: Any, serving: Asked, tmp_path: Path) -> None:
+    """To the last bit, however the process cut the stream; each batch is either answered or counted as skipped."""
+    made, blocks, table = session
+    batches = 0
+    for n, v in enumerate(made):
+        assert serving.predict(v) == ()
+        batches += len(v.closes)
+        if n % 500 == 0:
+            serving.until(batches)
+    serving.until(batches)
+    engine, whole = Engine.load(small.artifact, table), {}
+    for block in blocks:
+        p: Predictions = engine.predict(block)
+        whole |= {(int(p.instrument[i]), int(p.ts[i])): i_row(p, i) for i in range(len(p.ts))}
+    assert len(serving.got) == serving.delivered > 20
+    assert serving.batches == batches and serving.skipped == batches - serving.delivered and serving.lost == 0
+    for p in serving.got:
+        assert (p.proba.tobytes(), p.magnitude.tobytes(), p.direction, p.regime) == whole[p.instrument, p.ts]
+    order = {k: [p.ts for p in serving.got if p.instrument == k] for k in range(len(table))}
+    assert all(ts == sorted(ts) for ts in order.values())
+    scored = serving.finish(WAIT_S)
+    assert scored is not None and scored.predictions == batches == pq.read_metadata(tmp_path / "predictions.parquet").num_rows
+    assert scored.first == made[0].ts and scored.last == made[-1].ts and scored.model_version == engine.model_version
+
+
+def i_row(p: Predictions, i: int) -> tuple[Any, ...]:
+    return p.proba[i].tobytes(), p.magnitude[i].tobytes(), tuple(p.direction[i].tolist()), int(p.regime[i])
+
+
+def test_a_process_that_hangs_holds_nobody_up_and_catches_up_afterwards(session: Any, serving: Asked) -> None:
+    made = session[0]
+    for v in made[:2_000]:
+        serving.predict(v)
+    serving.until(sum(len(v.closes) for v in made[:2_000]))
+    os.kill(serving.process.pid or 0, signal.SIGSTOP)
+    try:
+        for v in made[2_000:]:
+            serving.predict(v)
+        assert serving.ring.waiting == len(made) - 2_000 and serving.silent_ns() > 0
+    finally:
+        os.kill(serving.process.pid or 0, signal.SIGCONT)
+    serving.until(sum(len(v.closes) for v in made))
+    assert serving.skipped > 0 and serving.lost == 0 and serving.silent_ns() == 0
+
+
+def test_a_process_that_dies_leaves_no_model_and_no_exception(session: Any, serving: Asked) -> None:
+    os.kill(serving.process.pid or 0, signal.SIGKILL)
+    assert serving.finished.wait(WAIT_S)
+    assert serving.fault == "the models' process has ended"
+    for v in session[0][:200]:
+        assert serving.predict(v) == ()
+    assert serving.finish(WAIT_S) is None
+
+
+def test_events_that_find_no_room_are_counted_and_the_stream_begins_anew(small: Small, session: Any) -> None:
+    """A gap inside what the members remember would be worse than none: they forget, and answer again."""
+    made, _, table = session
+    serving = Asked(small, table, capacity=512)
+    try:
+        os.kill(serving.process.pid or 0, signal.SIGSTOP)
+        for v in made[:1_000]:
+            serving.predict(v)
+        assert serving.lost == 1_000 - 512
+        os.kill(serving.process.pid or 0, signal.SIGCONT)
+        serving.until(sum(len(v.closes) for v in made[:512]))
+        before = serving.batches
+        for v in made[1_000:1_400]:
+            serving.predict(v)
+        serving.until(before + sum(len(v.closes) for v in made[1_000:1_400]))
+    finally:
+        serving.close()
+
+
+def test_models_are_swapped_between_two_batches_and_kept_where_the_new_ones_are_damaged(
+    small: Small, session: Any, serving: Asked, tmp_path: Path
+) -> None:
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    shutil.copytree(small.artifact, good)
+    shutil.copytree(small.artifact, bad)
+    (bad / "manifest.json").write_text("{}")
+    for v in session[0][:1_000]:
+        serving.predict(v)
+    told = serving.reload(good).result(WAIT_S)
+    assert told["version"] == serving.engine.model_version and set(told["members"].values()) == {"kept"}
+    with pytest.raises(InputError, match="manifest"):
+        serving.reload(bad).result(WAIT_S)
+    assert serving.reloads == 1 and serving.fault is None
+    for v in session[0][1_000:2_000]:
+        serving.predict(v)
+    serving.until(sum(len(v.closes) for v in session[0][:2_000]))
+
+
+def test_damaged_models_are_told_of_in_one_line(small: Small, session: Any, tmp_path: Path) -> None:
+    shutil.copytree(small.artifact, tmp_path / "a")
+    (tmp_path / "a" / "manifest.json").unlink()
+    serving = Serving(Models(tmp_path / "a", tuple(session[2])), lambda: 0)
+    try:
+        assert serving.ready.wait(WAIT_S)
+        assert serving.fault is not None and "manifest.json is missing" in serving.fault
+    finally:
+        serving.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 40)), max_size=60))
+def test_a_ring_gives_back_what_was_put_in_order_or_refuses_it_whole(steps: list[tuple[bool, int]]) -> None:
+    ring = Ring(64)
+    try:
+        put: list[int] = []
+        taken: list[int] = []
+        lost = number = 0
+        for putting, n in steps:
+            if putting:
+                events = np.zeros(n, EVENT)
+                events["ts_init"] = np.arange(number, number + n)
+                rows = np.repeat(events["ts_init"].astype(float)[:, None], len(NAMES), axis=1)
+                room = 64 - (len(put) - len(taken))
+                assert ring.put(vectors(0, events, rows, (n - 1,)), number) == (n <= room)
+                if n <= room:
+                    put += events["ts_init"].tolist()
+                else:
+                    lost += n
+                number += n
+            else:
+                got, features, _, closing = ring.take(n)
+                assert (features == got["ts_init"][:, None]).all()
+                taken += got["ts_init"].tolist()
+                assert len(closing) == len(got) <= n
+        assert taken == put[: len(taken)] and ring.waiting == len(put) - len(taken) and ring.words[LOST] == lost
+    finally:
+        ring.close()
+        ring.memory.unlink()
