@@ -147,6 +147,7 @@ function paintPrice(u: uPlot, at: Position | undefined, name: string): void {
     ctx.setLineDash([6 * ratio, 4 * ratio]);
     ctx.lineWidth = ratio;
     ctx.font = `${11 * ratio}px system-ui`;
+    ctx.textAlign = "left";
     for (const [label, price, colour] of [
       ["entry", at.average, "#888888"],
       ["stop", at.stop, DOWN],
@@ -385,7 +386,6 @@ export function Profit(): JSX.Element {
 }
 
 export function Latency(): JSX.Element {
-  const most = createMemo(() => Math.max(0.001, ...state.latency.map((s) => s.p99_ms ?? 0)));
   return (
     <Panel title="Latency" area="latency">
       <Show when={state.latency.length} fallback={<Empty>nothing was timed yet</Empty>}>
@@ -397,7 +397,6 @@ export function Latency(): JSX.Element {
               <th class="n">p50</th>
               <th class="n">p99</th>
               <th class="n">most</th>
-              <th />
             </tr>
           </thead>
           <tbody>
@@ -408,10 +407,6 @@ export function Latency(): JSX.Element {
                   <td class="n">{ms(s.p50_ms)}</td>
                   <td class="n">{ms(s.p99_ms)}</td>
                   <td class="n">{ms(s.max_ms)}</td>
-                  <td class="meter" aria-hidden="true">
-                    <i class="far" style={{ width: `${(100 * (s.p99_ms ?? 0)) / most()}%` }} />
-                    <i style={{ width: `${(100 * (s.p50_ms ?? 0)) / most()}%` }} />
-                  </td>
                 </tr>
               )}
             </For>
