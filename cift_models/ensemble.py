@@ -269,7 +269,7 @@ class Ensemble:
     def _ring(self, room: int) -> tuple[F64, F64, F64, I64, I64]:
         i, n = len(self.threshold), len(self.names)
         none = np.zeros((2, i, room), np.int64)
-        return np.empty((i, room, n, H, 3)), np.full((i, room, H, 3), np.nan), np.full((i, room, H, 3), np.nan), none[0], none[1]
+        return np.zeros((i, room, n, H, 3)), np.full((i, room, H, 3), np.nan), np.full((i, room, H, 3), np.nan), none[0], none[1]
 
     def decide(
         self, ts: I64, instrument: I64, mid: F64, closes: I64, votes: F64, sizes: F64, regimes: I64, outcomes: Outcomes, room: int,

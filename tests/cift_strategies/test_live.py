@@ -234,7 +234,7 @@ def test_real_orders_need_the_name_of_the_venue_typed() -> None:
 @pytest.mark.parametrize("n", [1, 2])
 def test_the_brokers_of_the_documentation_are_configured_as_it_says(n: int) -> None:
     """Their adapters take the configuration; nothing is connected."""
-    text = (ROOT / "docs" / "live.md").read_text().split("## 3. A broker")[1].split("```toml")[n].split("```")[0]
+    text = (ROOT / "docs" / "live.md").read_text().split("A broker\n")[1].split("```toml")[n].split("```")[0]
     values = tomllib.loads(text)
     config = LiveConfig.model_validate(values | {"feed": "databento"})
     (client,) = venues(config, Prepared([], Path(), ""), 0, None)
