@@ -23,6 +23,7 @@ _TINY: Final = 1e-6
 EVEN: Final = 100.0  # independent labels' worth of belief that an instrument's class rates are those of all, with up as likely as down
 CELLS: Final = (10.0, 30.0, 100.0, 300.0, 1e9)  # the same that P(class | cell) are the class rates; the last says nothing of cells
 RIDGE: Final = (1.0, 10.0, 100.0, 1_000.0, np.inf)  # precisions of a slope per independent label; the last has none
+DOUBT: Final = 0.5  # 0 lets baselines follow chance, so that they can be beaten in null markets; 1 costs them what they know of real ones
 ROWS: Final = 20_000  # that a logistic regression is fitted on, and a quarter of them where its ridge is chosen
 
 
@@ -121,14 +122,14 @@ def _rates(y: I8, all_: I8, worth: float) -> F64:
 
 
 def _choose(strengths: Sequence[float], losses: Sequence[F64], worth: float) -> float:
-    """The greatest strength whose loss is within a standard error of the least (Breiman et al. 1984, 3.4.3). `losses`: by strength, of
-    the same decisions, each of which counts as `worth` an independent one."""
+    """The greatest strength whose loss is within DOUBT standard errors of the least (as in Breiman et al. 1984, 3.4.3). `losses`: by
+    strength, of the same decisions, each of which counts as `worth` an independent one."""
     best = min(losses, key=lambda x: float(x.mean()))
     for strength, loss in sorted(zip(strengths, losses), key=lambda x: -x[0]):
         d = loss - best
-        if d.mean() <= d.std() / np.sqrt(max(1.0, worth * len(d))):
+        if d.mean() <= DOUBT * d.std() / np.sqrt(max(1.0, worth * len(d))):
             return strength
-    raise AssertionError("the least loss is within a standard error of itself")
+    raise AssertionError("the least loss is as good as itself")
 
 
 def _loss(p: F64, y: I8) -> F64:

@@ -14,7 +14,6 @@ import copy
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -109,11 +108,10 @@ class Gnn:
             return lasso(views[0][a][:, columns], fit.y[a, h], views[1][b][:, columns], check.y[b, h])
 
         jobs = [(k, h, all_) for k in np.flatnonzero(active).tolist() for h in study.usable for all_ in (False, True)]
-        with ThreadPoolExecutor(config.threads) as pool, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a linear fit that is not quite there yet is judged like the others
-            maps = pool.map(linear, jobs)
-            deep = train(task, config, study.seed)
-            rivals = dict(zip(jobs, maps))
+            rivals = {job: linear(job) for job in jobs}  # one after the other: sums in threads that compete round as it happens
+        deep = train(task, config, study.seed)
         wide = {(k, h): m for (k, h, all_), m in rivals.items() if all_}
         weights, shares = join(deep, prior, wide, scales, check)
         ids, multiplier = [i.id for i in study.instruments], np.array([i.multiplier for i in study.instruments])

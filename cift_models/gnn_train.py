@@ -41,7 +41,6 @@ class Config:
     max_rows: int = 24_000  # decisions that the net learns from
     validate: float = 0.2  # last share of the fit slice: early stopping, shrinkage, the LASSO's penalty
     least_rows: int = 400
-    threads: int = 2  # linear maps fitted at once
     level: float = 0.05  # of the one-sided test against both rivals, over all horizons together
 
 

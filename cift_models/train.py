@@ -147,11 +147,9 @@ def train(
     on a catalog folder may be killed at any moment: called again it goes on (:mod:`work`). A Source leaves nothing behind.
     Raises InputError for wrong input, and where the range is too short for any member at any horizon.
     """
-    config, out, tables = config or Config(), Path(out), dict(tables or {})
+    config, out = config or Config(), Path(out)
     artifacts.writable(out)
-    chosen = choose(members, own)
-    mixing = settings.checked(EnsembleConfig, tables.pop("ensemble", {}), "[ensemble]")
-    configs = settings.of_members(tables, chosen)
+    chosen, mixing, configs = check(tables or {}, members, own)
     total, key = 0, None
     if not callable(source):
         total, root = events_in(source, instrument_ids, start, end), Path(source)
@@ -373,6 +371,15 @@ def _by_seed(losses: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, d
 def _before(sample: dict[str, NDArray[Any]], end: int) -> dict[str, NDArray[Any]]:
     keep = sample["ts"] < end
     return {name: a[keep] for name, a in sample.items()}
+
+
+def check(
+    tables: settings.Tables, members: Sequence[str] | None, own: Sequence[str] = ()
+) -> tuple[dict[str, str], EnsembleConfig, dict[str, Any]]:
+    """The members to train, and the settings of the ensemble and of each member. Raises InputError for what is wrong in `tables`."""
+    chosen, rest = choose(members, own), dict(tables)
+    mixing = settings.checked(EnsembleConfig, rest.pop("ensemble", {}), "[ensemble]")
+    return chosen, mixing, settings.of_members(rest, chosen)
 
 
 def choose(members: Sequence[str] | None, own: Sequence[str] = ()) -> dict[str, str]:

@@ -70,6 +70,7 @@ class RunConfig(BaseModel):
     artifacts: Path | None = None  # trained models to use instead of training
     train: tuple[str, ...] | None = ("hmm", "fusion")  # members to train, by name; None: all there are
     members: tuple[str, ...] = ()  # and of the user's own, "package.module:Class"
+    models: dict[str, dict[str, Any]] = {}  # [models.transformer], [models.ensemble]: their settings, see cift_models.settings
     strategy: str | None = None  # the user's own, "package.module:Class"
     altdata: Path | None = None  # table of alternative data, docs/altdata.md; None: the demo's own, none elsewhere
     latency_ms: float | Literal["auto"] = "auto"  # of a decision; auto: drawn from the artifact's distribution
@@ -321,6 +322,10 @@ def run(config: RunConfig, leave: Callable[[BaseException], object] | None = Non
     began = time.monotonic()
     if config.device == "cuda":
         _need_cuda()
+    if config.models:
+        from cift_models.train import check
+
+        check(config.models, config.train, config.members)
     if config.strategy is not None:
         from cift_strategies.system import strategy_class
 
@@ -376,7 +381,10 @@ def _run(
     if artifact is None:
         from cift_models.train import train
 
-        artifact = train(p.training, out=part / "artifact", seed=config.seed, members=config.train, own=config.members, altdata=altdata)
+        artifact = train(
+            p.training, out=part / "artifact", seed=config.seed, members=config.train, own=config.members, altdata=altdata,
+            tables=config.models,
+        )  # fmt: skip
 
     from cift_models import artifacts
     from cift_models.baselines import Baselines

@@ -3,6 +3,7 @@ and other models put in their place."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 from functools import lru_cache
@@ -29,9 +30,10 @@ FIVE = tuple(MEMBERS)
 
 def speaking(members):
     """The graph votes although it has not earned it on so little data: here the machinery is tested, not the skill."""
+    members = [copy.copy(m) for m in members]  # the other tests' graph goes on abstaining
     for m in members:
         if m.name == "gnn":
-            m.votes[:] = True
+            m.votes = np.ones_like(m.votes)
     return members
 
 

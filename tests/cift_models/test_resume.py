@@ -13,7 +13,7 @@ import pytest
 from quote_catalog import quote_catalog
 
 from catalog.errors import InputError
-from cift_models import artifacts
+from cift_models import artifacts, settings
 from cift_models.labels import H
 from cift_models.train import Config, train
 from cift_models.windows import Votes
@@ -182,7 +182,9 @@ def test_killed_between_two_epochs_the_transformer_goes_on_from_its_checkpoint(m
     assert killed.wait() == -signal.SIGKILL and not (tmp_path / "a").exists()
     again = subprocess.run([*command, str(tmp_path / "a")], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "transformer: going on after epoch" in again.stderr
-    subprocess.run([*command, str(tmp_path / "b")], cwd=ROOT, capture_output=True, text=True, check=True)
+    tables = settings.read(tmp_path / "how.toml")
+    config = settings.checked(Config, tables.pop("train"), "[train]")
+    train(market, out=tmp_path / "b", members=["transformer"], config=config, tables=tables)
     assert content(tmp_path / "a") == content(tmp_path / "b")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "how.toml"]
 

@@ -111,6 +111,12 @@ def test_an_unknown_key_of_the_configuration_is_named(tmp_path: Path, text: str,
     assert done.returncode == 2 and names in done.stderr and str(path) in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+def test_a_wrong_setting_of_a_model_is_named_before_any_data_are_made(tmp_path: Path) -> None:
+    done = backtest("--config", config(tmp_path, "[models.hmm]\nstartz = 1"), cwd=tmp_path)
+    assert done.returncode == 2 and "[hmm] startz is no setting: choose among starts" in done.stderr
+    assert [f.name for f in tmp_path.iterdir()] == ["run.toml"]
+
+
 def test_the_command_line_goes_before_the_configuration(tmp_path: Path) -> None:
     write(tmp_path / "c", [Tape().book(0, 10_000, 10_001).trade(1, 1, 10_001, 5).quiet(5, 500, 10_000, 10_001)])
     path = config(tmp_path, f'catalog = "{tmp_path / "other"}"\ntrain_fraction = 0.9999')

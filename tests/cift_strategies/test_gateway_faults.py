@@ -62,7 +62,10 @@ def test_missing_records_are_noticed_by_orders_that_nobody_knows(market: MarketF
 
 
 def test_records_out_of_order_are_noticed(market: MarketFiles) -> None:
-    heard, events, instruments = after(market, Fault("reorder", 12_000, 50), speed=FAST)
+    for _ in range(3):  # where the machine is busy, the market can be over before its client is there
+        heard, events, instruments = after(market, Fault("reorder", 12_000, 50), speed=FAST)
+        if heard.link.health.reasons:
+            break
     assert heard.link.health.reasons == {"order": len(instruments), "reconnect": len(instruments)}
     assert (np.diff(heard.events["ts_init"][heard.events["instrument"] == 0]) >= 0).all()  # none of them got through
     assert whole_again(heard, events, instruments) > 1_000
