@@ -41,6 +41,11 @@ class Fault:
             raise InputError(f'fault "{text}" is none of {", ".join(KINDS)}: write it as kind@after:amount, like stall@5000:3')
         return cls(m[1], int(m[2] or 0), float(m[3] or 1))
 
+    @property
+    def records(self) -> int:
+        """How many records in a row it takes at once; of more than the gateway sends at once (8,192), so many."""
+        return int(self.amount) if self.kind in ("skip", "reorder") else 1
+
     def change(self, data: bytes, offsets: NDArray[np.int64]) -> bytes:
         """What is sent in place of the whole records `data`, whose record i lies at offsets[i] to offsets[i + 1]."""
         n = min(int(self.amount), len(offsets) - 1)

@@ -59,7 +59,6 @@ class Session:
         self._lines: list[Line] = []
         self._mapped: dict[str, tuple[int, str]] = {}  # symbol asked for -> id and raw symbol that the client was told
         self._kick = asyncio.Event()
-        self._pending: list[tuple[dict[str, str], int]] = []
         self._started = False
         self._requests = 0
         self._written = 0.0  # when something was last written
@@ -237,7 +236,9 @@ class Session:
             self._behind(at)
             segment, ends = self.tape.segment(max(at, 0))
             upto = min(limit, at + CHUNK * STEP, ends if ends > at else limit)
-            await self._send(segment, upto)
+            if not await self._send(segment, upto, upto == limit < self.tape.end):
+                await self._idle(self.clock.wait(limit))
+                continue
             self.clock.reached(upto)
             for line in self._lines:
                 if line.replay and line.at >= limit:
@@ -265,16 +266,13 @@ class Session:
         if time.monotonic() - self._written >= self._heartbeat:
             self._system("Heartbeat", "HEARTBEAT")
 
-    async def _send(self, segment: Segment, upto: int) -> None:
-        """Send what stands before a place, of all lines, in order."""
-        parts = []
-        for line in self._lines:
-            if line.at >= upto:
-                continue
+    async def _send(self, segment: Segment, upto: int, grows: bool) -> bool:
+        """Send what stands before a place, of all lines, in order; or nothing, where a fault takes more records and more come (`grows`)."""
+        parts, lines = [], [x for x in self._lines if x.at < upto]
+        for line in lines:
             if segment.first not in line.known:
                 self._map(line, max(segment.first, 0))
             a, b = line.stream.before(line.at), line.stream.before(upto)
-            line.at = upto
             if a == b:
                 continue
             records, place = line.stream.records[a:b], line.stream.place[a:b]
@@ -283,24 +281,29 @@ class Session:
                 records, place = records[mine], place[mine]
             if len(records):
                 parts.append((records, place))
+        n = sum(len(r) for r, _ in parts)
+        faults = [f for f in self.gateway.faults if f.kind != "refuse" and f.after < self.sent + n]
+        fault = min(faults, key=lambda f: f.after, default=None)
+        if fault is not None and grows and max(0, fault.after - self.sent) + fault.records > n:
+            return False
+        for line in lines:
+            line.at = upto
         if not parts:
             await asyncio.sleep(0)
-            return
-        n = sum(len(r) for r, _ in parts)
-        faults = [f for f in self.gateway.faults if f.kind != "refuse" and f.after <= self.sent + n]
-        if not faults:
+        elif fault is None:
             self._write(self._merged(parts)[0])
             self.sent += n
             self.gateway.counts["records"] += n
             await self._drain()
-            return
-        data, sizes = self._merged(parts)
-        places = np.sort(np.concatenate([p for _, p in parts]))
-        await self._misbehave(data, np.concatenate([[0], np.cumsum(sizes)]), places, min(faults, key=lambda f: f.after))
+        else:
+            data, sizes = self._merged(parts)
+            places = np.sort(np.concatenate([p for _, p in parts]))
+            await self._misbehave(data, np.concatenate([[0], np.cumsum(sizes)]), places, fault)
+        return True
 
     async def _misbehave(self, data: bytes, offsets: Array, places: Array, fault: Fault) -> None:
         """Send the records with the fault among them."""
-        cut = min(max(0, fault.after - self.sent), len(places) - 1)
+        cut = max(0, fault.after - self.sent)
         self.gateway.faults.remove(fault)
         self._write(data[: offsets[cut]])
         rest, n = data[offsets[cut] :], len(offsets) - 1

@@ -299,12 +299,12 @@ def test_the_key_is_shown_nowhere(server: Server, capfd: pytest.CaptureFixture[s
         await aside(server.until_subscribed, "stocks", "Q.AAPL")
         for p in Path("/proc").glob("[0-9]*/cmdline"):
             try:
-                lines.append(p.read_bytes().decode())
-                parent = (p.parent / "stat").read_text().rsplit(")", 1)[1].split()[1]
+                lines.append(p.read_text(errors="replace"))
+                parent = (p.parent / "stat").read_text(errors="replace").rsplit(")", 1)[1].split()[1]
+                if int(parent) == os.getpid():
+                    lines.append((p.parent / "environ").read_text(errors="replace"))
             except OSError:
-                continue
-            if int(parent) == os.getpid():
-                lines.append((p.parent / "environ").read_bytes().decode())
+                continue  # it has ended meanwhile
         await aside(server.drop, "stocks")
         await aside(server.until_subscribed, "stocks", "Q.AAPL")
 
