@@ -12,7 +12,8 @@ import numpy as np
 
 from catalog.errors import InputError
 from catalog.events import read_catalog
-from cift_strategies.backtest import Plan, Traded, blocks, delay, stream
+from cift_strategies.backtest import Plan, blocks, delay, stream
+from cift_strategies.outcome import Traded
 
 
 @dataclass(frozen=True, slots=True)

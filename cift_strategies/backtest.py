@@ -14,13 +14,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -30,6 +28,7 @@ from catalog.events import Instrument, read_catalog, trading_state
 from catalog.progress import Steps
 from catalog.whole import replacing
 from cift_strategies import source as sources
+from cift_strategies.outcome import I64, Outcomes, RunResult, Traded, write_run
 from cift_strategies.risk import Limits
 from cift_strategies.settings import Settings
 from cift_strategies.stream import Span
@@ -41,15 +40,7 @@ if TYPE_CHECKING:
     from cift_models.inference import Predictions
     from cift_models.windows import Block
     from cift_strategies.inference_actor import Delay, Predictor
-    from cift_strategies.strategy import EnsembleStrategy, Terms
-
-type I64 = NDArray[np.int64]
-type F64 = NDArray[np.float64]
-
-HORIZON_LABELS: Final = ("500ms", "1s", "5s", "30s")
-VERSIONS: Final = ("nautilus_trader", "numba", "numpy", "pyarrow", "scikit-learn", "xgboost", "databento", "torch")
-EQUITY_POINTS: Final = 20_000
-
+    from cift_strategies.strategy import Terms
 
 class RunConfig(BaseModel):
     """What a run is asked to do. Without a source it makes and trades the embedded demo market."""
@@ -82,49 +73,6 @@ class RunConfig(BaseModel):
     chunk_size: Annotated[int | None, Field(gt=0)] = 20_000  # records of a kind and instrument that the engine holds
     settings: Settings = Settings()
     limits: Limits = Limits()
-
-
-@dataclass(frozen=True, slots=True)
-class Traded:
-    """What one strategy did over the streamed part; the ensemble's run and the rule's have the same shape."""
-
-    fills: pa.Table  # columns: results.FILLS
-    positions: pa.Table  # columns: results.POSITIONS
-    equity_ts: I64  # (n,) ns UTC
-    equity: F64  # (n,) net PnL since the start in the first currency, open positions at mid
-    summary: dict[str, Any]  # orders, fills, fees, pnl_net, max_drawdown, hit_rate, break_even_cost_ticks, decisions {reason: count}, ...
-    digest: str
-
-
-@dataclass(frozen=True, slots=True)
-class RunResult:
-    """Everything a report needs about one finished run; `summary` is what `summary.json` holds."""
-
-    source: str
-    instruments: Sequence[Instrument]
-    summary: Mapping[str, Any]
-    scores: Mapping[str, Any]  # as cift_models.validate.evaluate returns it: model and baselines, out of sample
-    sample: Mapping[str, NDArray[Any]]  # thinned decisions with labels (validate.Sample): ts, instrument, move, known_at, proba, ...
-    threshold: F64  # (I, H) ticks: what counts as a move
-    quality: Mapping[str, int]
-    split_ns: int  # nothing before it, or at it, is acted upon
-    start_ns: int  # first event streamed
-    end_ns: int  # last event streamed
-    traded: Traded
-    rule: Traded | None  # the plain rule on order flow imbalance through the same execution
-    predictions: Path  # predictions.parquet, see results.PredictionWriter
-    mids: Mapping[str, tuple[I64, F64]]  # instrument id -> ts (n,), mid (n,): at most some thousand points each
-    regimes: Mapping[str, tuple[I64, NDArray[np.int8]]]  # instrument id -> ts of each change, regime from there on
-    regime_names: Sequence[str]
-    members: Sequence[str]  # in the order of the votes
-    decision_latency_ms: F64  # (n,) event to delivery, a seeded sample of at most 100,000
-    order_latency_ms: float
-    latency_curve: Sequence[Mapping[str, float]]  # {latency_ms, pnl_net, fills} of reruns at other latencies, where they were asked for
-    regret: Mapping[str, Any]  # Ensemble.regret: per regime, horizon and member, with its bound
-    config: Mapping[str, Any]
-    versions: Mapping[str, str]
-    digest: str
-    result: BacktestResult | None  # for Nautilus's create_tearsheet
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,21 +190,10 @@ def stream(p: Plan, predictor: Predictor, terms: Terms) -> tuple[Traded, Backtes
     began = time.perf_counter()
     result, node, _ = run_backtest(system, replay, terms.faults)
     seconds = time.perf_counter() - began
-    traded = _traded(system.strategy)
+    traded = Traded.by(system.strategy)
     node.dispose()
     counts = {"feature_vectors": system.features.vectors, "predictions": system.inference.published, "seconds": seconds}
     return traded, result, counts
-
-
-def _traded(strategy: EnsembleStrategy) -> Traded:
-    from cift_strategies.results import FILLS, POSITIONS, figures, table
-
-    fills, positions = table(strategy.fills, FILLS), table(strategy.positions, POSITIONS)
-    currency = strategy.ledger.currencies[0]
-    equity = [(t, v) for t, c, v in strategy.equity if c == currency]
-    equity = equity[:: max(1, -(-len(equity) // EQUITY_POINTS))] + equity[-1:]
-    ts, value = np.array([t for t, _ in equity], np.int64), np.array([v for _, v in equity], np.float64)
-    return Traded(fills, positions, ts, value, figures(strategy, fills, positions), strategy.digest)
 
 
 def blocks(p: Plan, start: int, end: int) -> Iterator[Block]:
@@ -321,7 +258,7 @@ def run(config: RunConfig, leave: Callable[[BaseException], object] | None = Non
     """
     began = time.monotonic()
     if config.device == "cuda":
-        _need_cuda()
+        need_cuda()
     if config.models:
         from cift_models.train import check
 
@@ -386,38 +323,24 @@ def _run(
             tables=config.models,
         )  # fmt: skip
 
-    from cift_models import artifacts
-    from cift_models.baselines import Baselines
-    from cift_models.features import NAMES
+    _give_back()
+
     from cift_models.hmm import REGIMES
     from cift_models.inference import Engine
-    from cift_models.validate import Sample, evaluate
     from cift_models.windows import HORIZONS_NS
     from cift_strategies.faults import Faults
     from cift_strategies.inference_actor import LookAhead
-    from cift_strategies.report import write_report
-    from cift_strategies.results import MidPath, PredictionWriter, write_json
 
-    instruments = p.instruments
-    n, since = len(instruments), p.split + 1
-    engine = Engine.load(artifact, instruments, config.members, device=config.device)
+    n = len(p.instruments)
+    engine = Engine.load(artifact, p.instruments, config.members, device=config.device)
     if altdata is not None:
         engine.tell(altdata)
-    manifest = artifacts.read(artifact).manifest
-    trained = [manifest["instruments"].index(x.id) for x in instruments]
-    baselines, threshold = Baselines.load(artifact).only(trained), engine.ensemble.threshold[trained]
-    sample = Sample(instruments, NAMES, len(engine.members), baselines.columns, since=since)
-    mid = NAMES.index("mid")
-    writer = PredictionWriter(part / "predictions.parquet", instruments, HORIZON_LABELS, HORIZONS_NS, mid, config.seed, since)
-    mids = MidPath(n)
+    outcomes = Outcomes(engine, artifact, p.instruments, part, config.seed, p.split + 1)
 
     with Steps("stream", p.streamed, "events") as steps:
 
         def sink(block: Block, predictions: Predictions, latency: I64) -> None:
-            sample.push(block, predictions)
-            writer.push(block, predictions, latency)
-            new = predictions.ts >= since
-            mids.push(predictions.ts[new], predictions.instrument[new], block.rows[block.closes[new], mid])
+            outcomes.push(block, predictions, latency)
             steps.advance(len(block.events))
 
         ahead = LookAhead(
@@ -425,62 +348,26 @@ def _run(
         )
         traded, result, counts = stream(p, ahead, p.terms(REGIMES, Faults(leave)))
         ahead.finish()
-    writer.close()
-    got = sample.finish()
-    ids = [x.id for x in instruments]
-    scores = evaluate(got, threshold, ids, engine.members, baselines, config.seed) if len(got["ts"]) else {"table": [], "decisions": 0}
-    scores = {**scores, "model_version": engine.model_version, "failures": engine.failures}
-    regret = {**engine.regret(), "weights": engine.learned.weights.tolist(), "horizons": list(HORIZON_LABELS)}
+    scored = outcomes.finish(engine)
     other = _Open.second.result() if _Open.second is not None else Aside(None, None, {})
     quality = {k: v for k, v in (found.quality if found.quality is not None else other.quality or {}).items() if v}
-    waits = writer.latencies / 1e6
-    versions = {v: version(v) for v in VERSIONS}
-    summary: dict[str, Any] = {
-        "source": found.name,
-        "instruments": ids,
+    told = {
         "events": p.events,
         "events_streamed": p.streamed,
         "events_per_second": p.streamed / counts["seconds"],
-        "wall_seconds": 0.0,
         "feature_vectors": counts["feature_vectors"],
-        "predictions": writer.count,
-        **traded.summary,
-        "decision_latency_ms": {f"p{v}": float(np.percentile(waits, v)) if len(waits) else None for v in (50, 99)},
-        "order_latency_ms": config.order_latency_ms,
         "baseline_rule": None if other.traded is None else {**other.traded.summary, **other.rule},
-        "scores": scores,
-        "thresholds": {x: dict(zip(HORIZON_LABELS, threshold[k].tolist())) for k, x in enumerate(ids)},
-        "regret": regret,
-        "altdata": {} if engine.altdata is None else engine.altdata.told(p.start, p.last),
-        "importance": engine.importance(),
         "rolls": p.rolls(),
         "notes": notes(p, altdata),
-        "left_out": manifest["folds"][-1]["left_out"] if manifest["folds"] else [],
         "data_quality": quality,
         "callback_errors": 0,
-        "digest": traded.digest,
-        "model_version": engine.model_version,
         "split": p.split,
         "start": p.start,
         "end": p.last,
-        "seed": config.seed,
-        "device": engine.device,
-        "versions": versions,
     }
-    for name, rows in (("fills", traded.fills), ("positions", traded.positions)):
-        pq.write_table(rows, part / f"{name}.parquet", compression="zstd")
-    summary["wall_seconds"] = time.monotonic() - began
-    outcome = RunResult(
-        found.name, instruments, summary, scores, got, threshold, quality, p.split, p.start, p.last, traded, other.traded,
-        part / "predictions.parquet", {i: mids.result(k) for k, i in enumerate(ids)}, dict(zip(ids, writer.regimes)), REGIMES,
-        engine.members, waits, config.order_latency_ms, (), regret, config.model_dump(mode="json"), versions, traded.digest, result,
-    )  # fmt: skip
-    write_json(part / "summary.json", summary)
-    with Steps("report"):
-        write_report(outcome, part)
-    summary["wall_seconds"] = time.monotonic() - began
-    write_json(part / "summary.json", summary)
-    return outcome
+    return write_run(
+        part, found.name, p.instruments, scored, traded, told, config.model_dump(mode="json"), began, other.traded, result
+    )
 
 
 def _give_back() -> None:
@@ -491,7 +378,7 @@ def _give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _need_cuda() -> None:
+def need_cuda() -> None:
     import torch
 
     if not torch.cuda.is_available():

@@ -40,7 +40,7 @@ from cift_strategies.performance import (
 from cift_strategies.results import plain
 
 if TYPE_CHECKING:
-    from cift_strategies.backtest import RunResult
+    from cift_strategies.outcome import RunResult
 
 Columns = dict[str, Any]  # name -> numpy array
 Curve = tuple[I64, F]

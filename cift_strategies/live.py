@@ -86,7 +86,9 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack) -> Path:
     budget = None if config.budget_ms is None else round(config.budget_ms * 1e6)
     learned = journal.weights() if journal.goes_on or config.feed != "replay" else {}
     table = tuple(ready.instruments)
-    models = Models(ready.artifact.resolve(), table, config.members, budget, ready.altdata, config.seed, results, learned)
+    models = Models(
+        ready.artifact.resolve(), table, config.members, budget, ready.altdata, config.seed, config.device, results, learned
+    )
     serving = Serving(models, time.time_ns if pace is None else pace.now)
     stack.callback(serving.close)
     serving.on_learned = journal.learned
@@ -127,7 +129,7 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack) -> Path:
     journal.close(system.strategy.flat)
     with Steps("scores"):
         scored = serving.finish(SCORED_S)
-    return finish(config, ready, system, serving, switches, scored, time.monotonic() - began, node)
+    return finish(config, ready, system, serving, switches, scored, began, node)
 
 
 def replay(config: LiveConfig, ready: Prepared, beside: Beside, health: Health) -> tuple[Client, dict[str, Any]]:
@@ -210,13 +212,12 @@ def monitor(
 
 
 def finish(
-    config: LiveConfig, ready: Prepared, system: System, serving: Serving, switches: Any, scored: Scored | None, seconds: float, node: Any
+    config: LiveConfig, ready: Prepared, system: System, serving: Serving, switches: Any, scored: Scored | None, began: float, node: Any
 ) -> Path:
     """Write the report into the state folder."""
-    from cift_strategies.backtest import _traded
-    from cift_strategies.outcome import write_run
+    from cift_strategies.outcome import Traded, write_run
 
-    traded = _traded(system.strategy)
+    traded = Traded.by(system.strategy)
     node.dispose()
     if scored is None or not scored.first:
         print(f"no report: {'no event came' if scored is not None else serving.fault or 'the models did not answer'}", file=sys.stderr)
@@ -226,18 +227,14 @@ def finish(
         (config.state / "predictions").rmdir()
     events = system.features.vectors
     told = {
-        "events": events, "events_streamed": events, "feature_vectors": events, "wall_seconds": seconds,
-        "events_per_second": events / seconds,
-        "data_quality": {}, "callback_errors": system.strategy.faults.count, "notes": [], "seed": config.seed, "device": "cpu",
+        "events": events, "events_streamed": events, "feature_vectors": events, "events_per_second": events / (time.monotonic() - began),
+        "callback_errors": system.strategy.faults.count, "notes": [],
         "live": {
             "feed": config.feed, "venue": config.venue, "speed": config.speed, "skipped": serving.skipped, "lost": serving.lost,
             "stages": [t.told(s) for s, t in {**serving.timings, **switches.status()["timings"]}.items()],
         },
     }  # fmt: skip
-    with Steps("report"):
-        write_run(
-            config.state, ready.name, ready.instruments, scored, traded, told, config.model_dump(mode="json"), config.order_latency_ms
-        )
+    write_run(config.state, ready.name, ready.instruments, scored, traded, told, config.model_dump(mode="json"), began)
     return config.state
 
 

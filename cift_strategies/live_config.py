@@ -101,9 +101,9 @@ def check(config: LiveConfig) -> None:
     if not config.simulated:
         _check_venue(config)
     if config.device == "cuda":
-        from cift_strategies.backtest import _need_cuda
+        from cift_strategies.backtest import need_cuda
 
-        _need_cuda()
+        need_cuda()
     if config.port:
         _check_port(config.port)
 

@@ -23,7 +23,7 @@ from cift_strategies.page import DASH, Page, count, number, small
 from cift_strategies.sections import NOT_SHOWN, SECTIONS, claims, gains, money_rows
 
 if TYPE_CHECKING:
-    from cift_strategies.backtest import RunResult
+    from cift_strategies.outcome import RunResult
 
 PAGE: Final = Path(__file__).with_name("page.html")
 BROWSERS: Final = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")

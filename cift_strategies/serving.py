@@ -32,6 +32,7 @@ from cift_strategies.messages import FeatureVector, Prediction
 from cift_strategies.timings import Timing
 
 if TYPE_CHECKING:
+    from cift_models.gpu import Device
     from cift_strategies.outcome import Scored
 
 CAPACITY: Final = 131_072  # events of the ring, 76 MB
@@ -50,6 +51,7 @@ class Models:
     budget_ns: int | None = None  # of a member for a batch, see Engine
     altdata: Path | None = None
     seed: int = 7
+    device: Device = "auto"  # see Engine.load
     results: Path | None = None  # folder for predictions.parquet; None: nothing is written
     learned: Mapping[str, bytes] = field(default_factory=dict)  # version of the models -> their weights of an earlier session, packed
 

@@ -52,7 +52,7 @@ def serve(models: Models, memory: str, capacity: int, wake: Connection, orders: 
 
 
 def load(models: Models) -> Engine:
-    engine = Engine.load(models.artifact, models.instruments, models.own, models.budget_ns)
+    engine = Engine.load(models.artifact, models.instruments, models.own, models.budget_ns, device=models.device)
     if models.altdata is not None:
         from catalog.altdata import read
 
@@ -80,7 +80,9 @@ class _Server:
     def __init__(self, models: Models, engine: Engine, ring: Ring, wake: Connection, orders: Connection, replies: Connection) -> None:
         self.models, self.engine, self.ring = models, engine, ring
         self.wake, self.orders, self.replies = wake, orders, replies
-        self.outcomes = Outcomes(models, engine) if models.results is not None else None
+        self.outcomes: Outcomes | None = None
+        if models.results is not None:
+            self.outcomes = Outcomes(engine, models.artifact, models.instruments, models.results, models.seed)
         self.batches = self.skipped = self.lost = 0
         self._told = time.monotonic()
         self._parent = os.getppid()

@@ -17,7 +17,8 @@ from catalog.errors import InputError
 from catalog.events import SCALE, read_catalog
 from cift_models.labels import Labeller
 from cift_models.windows import HORIZONS_NS
-from cift_strategies.backtest import HORIZON_LABELS, RunConfig, estimate, plan, resolve, run, unfinished
+from cift_strategies.backtest import RunConfig, estimate, plan, resolve, run, unfinished
+from cift_strategies.outcome import HORIZON_LABELS
 from cift_strategies.settings import Settings
 from cift_strategies.stream import Span
 

@@ -10,7 +10,8 @@ from conftest import Small
 from catalog import altdata
 from catalog.errors import InputError
 from cift_models import artifacts
-from cift_strategies.backtest import RunConfig, RunResult, run
+from cift_strategies.backtest import RunConfig, run
+from cift_strategies.outcome import RunResult
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,10 @@ from conftest import EAGER, Small
 
 from catalog.errors import InputError
 from catalog.events import SCALE, read_catalog
-from cift_strategies.backtest import HORIZON_LABELS
 from cift_strategies.live import venues
 from cift_strategies.live_config import ORDERS_NEED, LiveConfig, check, confirm, locked
 from cift_strategies.live_models import Prepared
+from cift_strategies.outcome import HORIZON_LABELS
 from cift_strategies.pace import Pace, Paced
 from cift_strategies.risk import Ledger, Limits
 

@@ -22,8 +22,8 @@ import pytest
 from catalog.errors import InputError
 from catalog.events import SCALE, Instrument
 from cift_strategies import report, sections
-from cift_strategies.backtest import RunResult, Traded
 from cift_strategies.finished import Finished, instant
+from cift_strategies.outcome import RunResult, Traded
 from cift_strategies.performance import (
     Costs,
     Fills,

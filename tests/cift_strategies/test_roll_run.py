@@ -23,7 +23,8 @@ from catalog.synthetic import make_market
 from cift_models.export import write
 from cift_models.labels import LABELS
 from cift_models.windows import HORIZONS_NS
-from cift_strategies.backtest import RunConfig, RunResult, run
+from cift_strategies.backtest import RunConfig, run
+from cift_strategies.outcome import RunResult
 
 HALT, AUCTION, TRADING, CLOSE = 8, 1, 7, 12
 KEEP = d.VersionUpgradePolicy.AS_IS
