@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from catalog.errors import InputError, exit_code
+from catalog.errors import InputError, exit_code, run_typer
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -49,7 +48,11 @@ def backtest(
         "instruments": instruments, "train_fraction": train_fraction, "artifacts": artifacts, "altdata": altdata,
         "latency_ms": _latency(latency_ms), "device": device, "seed": seed, "out": out,
     }  # fmt: skip
-    settings = _config(config, {k: v for k, v in given.items() if v is not None})
+
+    from cift_strategies.backtest import RunConfig
+    from cift_strategies.settings import configured
+
+    settings = configured(RunConfig, config, {k: v for k, v in given.items() if v is not None}, {"start": _ns, "end": _ns})
 
     if show and settings.out is not None and (settings.out / "summary.json").is_file():
         _show(settings.out, port)
@@ -76,31 +79,6 @@ def _show(folder: Path, port: int) -> None:
     from cift_strategies.show import serve
 
     serve(folder, port)
-
-
-def _config(path: Path | None, given: dict[str, Any]) -> Any:
-    from pydantic import ValidationError
-
-    from cift_strategies.backtest import RunConfig
-
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as e:
-            raise InputError(f"cannot read --config {path}: {e.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-            raise InputError(f"--config {path} is not valid TOML: {e}") from None
-        for key in ("start", "end"):
-            if key in values:
-                values[key] = _ns(str(values[key]))
-    try:
-        return RunConfig.model_validate(values | given)
-    except ValidationError as e:
-        first = e.errors()[0]
-        where = ".".join(str(x) for x in first["loc"] if not isinstance(x, int))
-        named = f"{path}: {where}" if path is not None and first["loc"][0] not in given else "--" + where.replace("_", "-")
-        raise InputError(f"{named}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:
@@ -140,16 +118,5 @@ def _raise(error: BaseException) -> None:
     raise error
 
 
-def main() -> None:
-    try:
-        code = app(standalone_mode=False)
-    except Exception as error:
-        if hasattr(error, "format_message"):  # what was typed is no command line
-            raise InputError(f"{error.format_message()}; see --help") from None
-        raise
-    if code == 130:  # Typer turns Ctrl-C into this
-        raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    raise SystemExit(exit_code(main))
+    raise SystemExit(exit_code(lambda: run_typer(app)))

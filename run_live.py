@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from catalog.errors import InputError, exit_code
+from catalog.errors import exit_code, run_typer
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -31,9 +30,12 @@ def live(
         "feed": feed, "venue": venue, "artifacts": artifacts, "speed": speed, "duration": duration, "state": state, "port": port,
         "live": real or None, "device": device, "seed": seed,
     }  # fmt: skip
-    settings = _config(config, {k: v for k, v in given.items() if v is not None})
 
     from cift_strategies.live import run
+    from cift_strategies.live_config import LiveConfig
+    from cift_strategies.settings import configured
+
+    settings = configured(LiveConfig, config, {k: v for k, v in given.items() if v is not None})
 
     folder = run(settings)
     summary = folder / "summary.json"
@@ -47,38 +49,5 @@ def live(
         print(f"report: {folder / 'report.html'}")
 
 
-def _config(path: Path | None, given: dict[str, Any]) -> Any:
-    from pydantic import ValidationError
-
-    from cift_strategies.live_config import LiveConfig
-
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as e:
-            raise InputError(f"cannot read --config {path}: {e.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-            raise InputError(f"--config {path} is not valid TOML: {e}") from None
-    try:
-        return LiveConfig.model_validate(values | given)
-    except ValidationError as e:
-        first = e.errors()[0]
-        where = ".".join(str(x) for x in first["loc"] if not isinstance(x, int))
-        named = f"{path}: {where}" if path is not None and first["loc"][0] not in given else "--" + where.replace("_", "-")
-        raise InputError(f"{named}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
-
-
-def main() -> None:
-    try:
-        code = app(standalone_mode=False)
-    except Exception as error:
-        if hasattr(error, "format_message"):  # what was typed is no command line
-            raise InputError(f"{error.format_message()}; see --help") from None
-        raise
-    if code == 130:  # Typer turns Ctrl-C into this
-        raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    raise SystemExit(exit_code(main))
+    raise SystemExit(exit_code(lambda: run_typer(app)))

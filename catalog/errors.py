@@ -43,11 +43,19 @@ def exit_code(main: Callable[[], object]) -> int:
     return 0
 
 
-def run_typer(app: Callable[[], object]) -> None:
-    """Run a Typer app for :func:`exit_code`: Typer makes an exit of Ctrl-C, here it is raised again."""
+def run_typer(app: Callable[..., object]) -> None:
+    """Run a Typer app for :func:`exit_code`: one line for what is no command line, and Ctrl-C raised again."""
     try:
-        app()
-    except SystemExit as e:
-        if e.code == 130:
-            raise KeyboardInterrupt from None
-        raise
+        code = app(standalone_mode=False)
+    except Exception as e:
+        if not hasattr(e, "format_message"):
+            raise
+        said = str(e.format_message())
+        if "\n" not in said:
+            raise InputError(f"{said.rstrip('.')}; see --help") from None
+        print(said, file=sys.stderr)  # nothing was typed: the help itself
+        code = 2
+    if code == 130:
+        raise KeyboardInterrupt
+    if code:
+        raise SystemExit(code)

@@ -1,10 +1,15 @@
-"""What the user may set about the strategy; apart from it, so that a command line starts without Nautilus."""
+"""What the user may set about the strategy, and how settings are read; apart from it, so that a command line starts without Nautilus."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from catalog.errors import InputError
 
 
 class Settings(BaseModel):
@@ -29,3 +34,28 @@ class Settings(BaseModel):
     renew_ticks: Annotated[float, Field(ge=0)] = 0.25
     max_hold_s: Annotated[float, Field(gt=0)] = 300.0
     flat_before_close_s: Annotated[float, Field(ge=0)] = 10.0  # the session's, or the data's end
+
+
+def configured[M: BaseModel](
+    kind: type[M], path: Path | None, given: Mapping[str, Any], read: Mapping[str, Callable[[str], Any]] | None = None
+) -> M:
+    """The settings of a TOML file with those `given` on the command line before them; `read`: how some of the file's are understood.
+
+    Raises InputError with the file or the option, and the name of the setting that is wrong.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as e:
+            raise InputError(f"cannot read --config {path}: {e.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+            raise InputError(f"--config {path} is not valid TOML: {e}") from None
+        values |= {k: f(str(values[k])) for k, f in (read or {}).items() if k in values}
+    try:
+        return kind.model_validate(values | dict(given))
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(str(x) for x in first["loc"] if not isinstance(x, int))
+        named = f"{path}: {where}" if path is not None and first["loc"][0] not in given else "--" + where.replace("_", "-")
+        raise InputError(f"{named}: {first['msg'][0].lower()}{first['msg'][1:]}") from None

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from catalog.dbn import Span
 from catalog.errors import InputError
+from catalog.moments import nanoseconds
 from catalog.parquet import iso
 from cift_strategies.feeds.mischief import Fault
 from cift_strategies.feeds.symbols import STYPES, Unresolved, resolve
@@ -129,7 +130,7 @@ class _Query:
             raise InputError(f"encoding {get('encoding')} is not given here; dbn is")
         self.zipped = get("compression", "none") == "zstd"
         self.names = None if get("symbols", "ALL_SYMBOLS") == "ALL_SYMBOLS" else sorted(set(get("symbols").split(",")))
-        self.start, self.end = _time(get("start", "0")), _time(get("end", str(2**63 - 1)))
+        self.start, self.end = nanoseconds(get("start", "0")), nanoseconds(get("end", str(2**63 - 1)))
         self.limit = int(get("limit", "0")) or None
 
     def records(self) -> NDArray[Any]:
@@ -168,17 +169,6 @@ class _Query:
                 ts_out=False, version=3,
             ).encode()
         )  # fmt: skip
-
-
-def _time(text: str) -> int:
-    if text.isdigit():
-        return min(int(text), 2**63 - 1)
-    try:
-        moment = dt.datetime.fromisoformat(text)
-    except ValueError:
-        raise InputError(f"{text} is no time: write it as 2024-01-02T09:30 or as nanoseconds since 1970") from None
-    moment = moment.replace(tzinfo=moment.tzinfo or dt.UTC)
-    return int(moment.timestamp()) * 1_000_000_000 + moment.microsecond * 1_000
 
 
 def _day(ts: int) -> dt.date:
