@@ -42,6 +42,11 @@ _SCHEMA: Final = pa.schema(
 )  # fmt: skip
 
 
+def state_of(action: str, trades: bool | None) -> int | None:
+    """The state that `action` (a name of :data:`ACTIONS`) begins, or, where it is NONE, that `trades` tells of; None: the state goes on."""
+    return _NAMED[action] if action != "NONE" or trades is None else OPEN if trades else HALTED
+
+
 class Status(NamedTuple):
     """From `ts_init` on the market of `symbol` is in `state`, because of `action` (a name of :data:`ACTIONS`) at `ts_event`; ns UTC."""
 
@@ -68,11 +73,10 @@ def read_status(path: Path, symbols: Mapping[int, str] | None = None) -> list[St
         for n, r in enumerate(np.ascontiguousarray(data[:, : STATUS.itemsize]).view(STATUS)[:, 0]):
             if int(r["action"]) not in ACTIONS or int(r["ts_recv"]) >= 2**63:
                 raise InputError(f"{path} is damaged at record {first + n:,}: it has no known action or time; download it again")
-            name, state = ACTIONS[int(r["action"])]
+            name, _ = ACTIONS[int(r["action"])]
+            state = state_of(name, {b"Y": True, b"N": False}.get(bytes(r["is_trading"])))
             if state is None:
-                if name != "NONE" or bytes(r["is_trading"]) not in (b"Y", b"N"):
-                    continue
-                state = OPEN if bytes(r["is_trading"]) == b"Y" else HALTED
+                continue
             number, ts = int(r["instrument_id"]), int(r["ts_recv"])
             ts_event = int(r["ts_event"]) if int(r["ts_event"]) < 2**63 else ts
             named = [symbols[number]] if symbols and not file.raw_symbols and number in symbols else numbers.at(number, ts)
@@ -105,7 +109,7 @@ def read(root: Path, ids: Iterable[str]) -> dict[str, Steps]:
             table = pq.read_table(path, columns=["action", "is_trading", "ts_init"])
             id_ = (pq.read_schema(path).metadata or {}).get(b"instrument_id", path.parent.name.encode()).decode()
             ts, told = table["ts_init"].cast(pa.int64()).to_numpy(), zip(table["action"].to_pylist(), table["is_trading"].to_pylist())
-            states = [HALTED - (HALTED - OPEN) * t if a == "NONE" and t is not None else _NAMED[a] for a, t in told]
+            states = [state_of(a, t) for a, t in told]
         except (pa.ArrowException, OSError, KeyError, ValueError) as e:
             raise InputError(f"{path} is damaged ({str(e).splitlines()[0][:120]}): write or import the catalog again") from None
         known = np.array([s is not None for s in states], np.bool_)

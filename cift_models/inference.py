@@ -143,6 +143,10 @@ class Engine:
     def resume(self, state: Any) -> None:
         self._states, self._labeller, self.learned = copy.deepcopy(state)
 
+    def trading(self, instrument: int, ts: int, trades: bool) -> None:
+        """From `ts` (ns) on the market of `instrument` trades, or does not: no outcome is taken across a halt. Told as it happens."""
+        (self._labeller.resume if trades else self._labeller.pause)(int(self._map[instrument]), ts)
+
     @classmethod
     def load(
         cls, path: str | Path, instruments: Sequence[Instrument], own: Sequence[str] = (), budget_ns: int | None = None,

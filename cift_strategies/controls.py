@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from nautilus_trader.common import DataActor, DataActorConfig
-from nautilus_trader.model import ActorId
+from nautilus_trader.model import ActorId, InstrumentId
 
+from catalog import status
 from cift_strategies.feeds.health import Health
 from cift_strategies.serving import Serving
 from cift_strategies.strategy import EnsembleStrategy
@@ -97,7 +98,8 @@ class Watch(DataActor):
     """Halts `strategy`'s entries while the feed is silent or late, clocks disagree, or the models do not answer.
 
     `late_ms`: by how much of the wall's time the newest event may lag; `ahead_ms`: by how much it may be early; `model_ms`: how long a
-    batch may wait for its prediction. `silent` is told by Health.
+    batch may wait for its prediction. `silent` is told by Health. It passes on what the feed says of markets that open and halt;
+    `restamp`: see Translator.
     """
 
     def __new__(cls, *_args: Any, **_named: Any) -> Watch:
@@ -105,13 +107,15 @@ class Watch(DataActor):
 
     def __init__(
         self, strategy: EnsembleStrategy, serving: Serving, health: Health, name: str, say: Callable[[str], object],
-        late_ms: float = 2_000.0, ahead_ms: float = 500.0, model_ms: float = 2_000.0,
+        late_ms: float = 2_000.0, ahead_ms: float = 500.0, model_ms: float = 2_000.0, restamp: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(DataActorConfig(actor_id=ActorId("CIFT-WATCH")))
         self.strategy, self.serving, self.name, self._say = strategy, serving, name, say
         self.pace = strategy.terms.pace
         self.late_ms, self.ahead_ms, self.model_ms = late_ms, ahead_ms, model_ms
         self.health = health  # told by the feed's client
+        self._places = {InstrumentId.from_str(x.id): k for k, x in enumerate(strategy.terms.instruments)}
+        self._restamp = restamp
         self.timings = {"receipt": Timing()}  # from the event's stamp to its features, by the wall; of the newest at each look
         self._lag_ns = self._seen = 0
         self.ends = 2**63 - 1  # when the stream ends, ns: silence after that is no fault
@@ -121,6 +125,17 @@ class Watch(DataActor):
         for pulse in self.health.pulses:
             pulse.wall = pulse.wall or began
         self.clock.set_timer_ns("watch", EVERY_NS, callback=self.on_look)
+        for id_ in self._places:
+            self.subscribe_instrument_status(id_)
+
+    def on_instrument_status(self, told: Any) -> None:
+        """The market of an instrument opens, is in an auction, is halted or closes."""
+        k, state = self._places[told.instrument_id], status.state_of(told.action.name, told.is_trading)
+        if state is None or state == self.strategy.market.get(k, status.UNKNOWN):
+            return
+        self.strategy.market[k] = state
+        self.serving.trading(k, told.ts_event if self._restamp else told.ts_init, state == status.OPEN)
+        self._say(f"{told.instrument_id}: {status.STATES[state]}")
 
     @property
     def newest(self) -> int:

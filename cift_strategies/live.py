@@ -101,7 +101,8 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack) -> Path:
     stack.callback(display.close)
     journal.say = display.say
     recovered = recover(system.strategy, journal, config.simulated, config.resting, display.say)
-    watch = Watch(system.strategy, serving, health, config.feed, display.say, config.late_ms, config.ahead_ms, config.model_ms)
+    patience = config.late_ms, config.ahead_ms, config.model_ms
+    watch = Watch(system.strategy, serving, health, config.feed, display.say, *patience, feed.restamp)
     about = {"mode": config.feed, "venue": config.venue, "speed": config.speed}
     switches = Switches(system.strategy, serving, watch, display.say, about)
     if recovered is not None and recovered.switch[0] in ("killed", "paused"):

@@ -234,6 +234,11 @@ class Serving:
         self._nudge()
         return asked
 
+    def trading(self, instrument: int, ts: int, trades: bool) -> None:
+        """See :meth:`cift_models.inference.Engine.trading`."""
+        with contextlib.suppress(OSError):  # the process has ended: `fault` says so
+            self._orders.send(("trading", (instrument, ts, trades)))
+
     def _nudge(self) -> None:
         self.ring.words[ASLEEP] = 0
         self._wake.send_bytes(b".")

@@ -130,6 +130,9 @@ class _Server:
         if order == "reload":
             self.replies.send(("reload", self._reload(argument)))
             return False
+        if order == "trading":
+            self.engine.trading(*argument)
+            return False
         while self.ring.waiting:
             self._block()
         self.replies.send(("scored", None if self.outcomes is None else self.outcomes.finish(self.engine)))

@@ -125,6 +125,7 @@ class EnsembleStrategy(Strategy):
         self.hours: list[tuple[int, int]] = [(0, 0)] * n
         self.decisions: Counter[str] = Counter()
         self.reason = ""  # what became of the newest prediction: "entered", or why not
+        self.market: dict[int, int] = {}  # instrument -> trading state, as the feed tells it; history has `terms.states`
         self.halts: dict[str, str] = {}  # cause -> why there are no entries; exits go on
         self.orders: dict[ClientOrderId, tuple[int, str, int]] = {}  # -> trade, role, running number
         self.numbers = 0  # running number of the next order
@@ -222,7 +223,9 @@ class EnsembleStrategy(Strategy):
             return self._decline("book is crossed")
         if spread > self.settings.max_spread_ticks:
             return self._decline("spread too wide")
-        if k in self.terms.states and (state := int(status.at(self.terms.states[k], now))) not in (status.OPEN, status.UNKNOWN):
+        told = self.terms.states.get(k)
+        state = self.market.get(k, status.UNKNOWN) if told is None else int(status.at(told, now))
+        if state not in (status.OPEN, status.UNKNOWN):
             return self._decline(f"market: {status.STATES[state]}")
         if reason := self.ledger.halted(k, now):
             return self._decline(reason)

@@ -26,6 +26,8 @@ from nautilus_trader.model import (
     BookAction,
     BookOrder,
     InstrumentId,
+    InstrumentStatus,
+    MarketStatusAction,
     OrderBookDelta,
     OrderBookDeltas,
     OrderSide,
@@ -42,6 +44,7 @@ from catalog.definitions import Definition, definition
 from catalog.errors import InputError
 from catalog.events import CLEAR, F_LAST, F_MBP, F_SNAPSHOT, F_TOB, TRADE, Instrument
 from catalog.importer import nautilus_instrument
+from catalog.status import ACTIONS
 from cift_strategies.feeds.health import Health
 from cift_strategies.feeds.rows import Rows
 from cift_strategies.feeds.wire import BrokenError, RefusedError, Wire, connect
@@ -54,7 +57,7 @@ WAITS: Final = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before the 
 REFUSALS: Final = 3  # in a row, before the key is taken for wrong
 NUMBERED: Final = 1_000  # records from which on it can be told whether the feed delivers every sequence number
 GAP_SHARE: Final = 0.01  # a feed that skips more of its numbers numbers more than we are sent
-MBO_TYPE, DEFINITION_TYPE, ERROR_TYPE, MAPPING_TYPE, SYSTEM_TYPE = 0xA0, 0x13, 0x15, 0x16, 0x17
+MBO_TYPE, STATUS_TYPE, DEFINITION_TYPE, ERROR_TYPE, MAPPING_TYPE, SYSTEM_TYPE = 0xA0, 0x12, 0x13, 0x15, 0x16, 0x17
 LEVELS: Final = {0x00: "trades", 0x01: "mbp-1", 0x0A: "mbp-10"}
 UNIT: Final = 10 ** (FIXED_PRECISION - 9)
 _ACTION: Final = {ord("A"): BookAction.ADD, ord("M"): BookAction.UPDATE, ord("C"): BookAction.DELETE, CLEAR: BookAction.CLEAR}
@@ -220,6 +223,9 @@ class DirectClient(MarketDataClient):
     async def _subscribe_instrument(self, command: Any) -> None:
         self._want("definition", command.instrument_id)
 
+    async def _subscribe_instrument_status(self, command: Any) -> None:
+        self._want("status", command.instrument_id)
+
     async def _subscribe_instruments(self, command: Any) -> None:
         pass  # given at the start
 
@@ -227,6 +233,7 @@ class DirectClient(MarketDataClient):
         pass  # the service knows no unsubscribing; the node passes over what nobody wants
 
     _unsubscribe_quotes = _unsubscribe_trades = _unsubscribe_instrument = _unsubscribe_instruments = _unsubscribe_book_deltas
+    _unsubscribe_instrument_status = _unsubscribe_book_deltas
 
     async def _request_instrument(self, request: Any) -> None:
         x = self.config.instruments[self._index[request.instrument_id]]
@@ -270,8 +277,15 @@ class DirectClient(MarketDataClient):
             if found is not None and found.symbol in self._symbols:
                 ours = self.config.instruments[self._symbols.index(found.symbol)]
                 self._handle_instrument(nautilus_instrument(Definition(ours, found.symbol)))
+        elif kind == STATUS_TYPE:
+            if (k := self._rows.index(int(record.instrument_id))) >= 0 and int(record.action) in ACTIONS:
+                action, trades = MarketStatusAction.from_str(ACTIONS[int(record.action)][0]), str(record.is_trading)
+                when = int(record.ts_event), int(record.ts_recv)
+                self._handle_data(InstrumentStatus(self._ids[k], action, *when, is_trading={"Y": True, "N": False}.get(trades)))
         elif kind == ERROR_TYPE:
             self._say(f"Databento: {record.err}")
+            if "status" in str(record.err) and self._wanted.pop("status", []):
+                self._say("this dataset tells nothing of halts and auctions")
             self._link.counts["errors"] += 1
         elif kind == SYSTEM_TYPE and str(record.code) not in ("SystemCode.HEARTBEAT", "heartbeat", "0"):
             self._link.said.append(str(record.msg))

@@ -40,6 +40,10 @@ class Rows:
         order = np.argsort(numbers)
         self._numbers, self._index = numbers[order], index[order]
 
+    def index(self, number: int) -> int:
+        """The instrument that the venue's `number` means; -1 where it is none of ours."""
+        return int(self._of(np.array([number]))[0])
+
     def _of(self, numbers: Array) -> Array:
         """The instruments of the venue's numbers; -1 where they are none of ours."""
         if not len(self._numbers):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import shutil
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -130,6 +131,26 @@ def test_decisions_of_the_training_range_teach_nothing(artifact):
     engine = Engine.load(artifact, INSTRUMENTS)
     run(engine, stream(INSTRUMENTS, source(quotes())()[1]))
     assert not engine.learned.rounds.any()
+
+
+def test_no_outcome_is_taken_across_a_halt_that_is_told_as_it_happens(artifact):
+    """A halt after the first block: what is learnt of either side is what an engine learns that knew of the halt beforehand."""
+    whole = join(blocks())
+    middle = len(whole.events) // 2
+    parts = list(pieces(whole, [middle]))
+    stamps = parts[0].events["ts_init"][-1] + 1, whole.events["ts_init"][middle] + 5 * 10**9
+    known = [replace(i, pauses=((int(stamps[0]), int(stamps[1])),)) for i in INSTRUMENTS]
+    told, before, never = (Engine.load(artifact, x) for x in (INSTRUMENTS, known, INSTRUMENTS))
+    for e in (told, before, never):
+        e._learn_from = 0
+    first = told.predict(parts[0])
+    for k in range(len(INSTRUMENTS)):
+        told.trading(k, int(stamps[0]), False)
+        told.trading(k, int(stamps[1]), True)
+    got = [np.concatenate(f) for f in zip(first, told.predict(parts[1]))]
+    assert same(got, run(before, parts)) and np.array_equal(told.learned.weights, before.learned.weights)
+    run(never, parts)
+    assert not np.array_equal(told.learned.weights, never.learned.weights)
 
 
 def test_the_future_changes_no_past_decision(engine):

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime as dt
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import zstandard
 from nautilus_trader.common import DataActor, DataActorConfig, Environment, LoggerConfig, LogLevel
 from nautilus_trader.live import LiveNode
 from nautilus_trader.model import ActorId, TraderId
 
+from catalog.dbn import Dbn
 from catalog.events import Instrument
+from catalog.status import STATUS
 from cift_strategies.faults import Faults
 from cift_strategies.feature_actor import FeatureActor
 from cift_strategies.feeds import databento
@@ -63,6 +68,25 @@ class Heard:
     @property
     def rows(self) -> np.ndarray[Any, Any]:
         return np.concatenate([v.rows for v in self.vectors])
+
+
+def statuses(file: Path, at: Sequence[int]) -> bytes:
+    """A status file for the MBO file `file`: all its instruments are halted and open again in turn, at the stamps `at`."""
+    import databento_dbn as dbn
+
+    spans = {s.symbol: s.number for s in Dbn(file).spans}
+    day = dt.date(2000, 1, 1), dt.date(2100, 1, 1)
+    maps = [
+        SimpleNamespace(raw_symbol=n, intervals=[SimpleNamespace(start_date=day[0], end_date=day[1], symbol=str(k))])
+        for n, k in spans.items()
+    ]
+    head = dbn.Metadata(
+        Dbn(file).metadata.dataset, at[0], dbn.SType.RAW_SYMBOL, dbn.SType.INSTRUMENT_ID, dbn.Schema.STATUS, symbols=list(spans),
+        mappings=maps, version=3,
+    ).encode()  # fmt: skip
+    kind = bytes([STATUS.itemsize // 4, 0x12, 1, 0])
+    rows = [(kind, k, t, t, 7 if n % 2 else 8, 1, 0, "~", "~", "~", b"") for n, t in enumerate(at) for k in spans.values()]
+    return zstandard.compress(head + np.array(rows, STATUS).tobytes())
 
 
 @contextlib.asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from live_feed import listen, playing
+from live_feed import listen, playing, statuses
+from nautilus_trader.common import DataActor, DataActorConfig
+from nautilus_trader.model import ActorId, InstrumentId
 
 from catalog.book import depth
 from catalog.errors import InputError
@@ -28,6 +31,21 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def market(tmp_path_factory: pytest.TempPathFactory) -> MarketFiles:
     return make_market(tmp_path_factory.mktemp("live") / "market", 11, sessions=1, events=24_000, instruments=2)
+
+
+def halt_times(market: MarketFiles) -> list[int]:
+    """When the market is halted, and when it opens again."""
+    ts = read_dbn(market.mbo[0])[0]["ts_init"]
+    return [int(ts[len(ts) // 3]), int(ts[len(ts) // 2])]
+
+
+@pytest.fixture(scope="module")
+def halting(market: MarketFiles, tmp_path_factory: pytest.TempPathFactory) -> MarketFiles:
+    """The market with a status file beside it: halted for a while."""
+    folder = tmp_path_factory.mktemp("halting")
+    files = [Path(shutil.copy(p, folder)) for p in (market.mbo[0], market.definitions[0])]
+    (folder / files[0].name.replace(".mbo.", ".status.")).write_bytes(statuses(files[0], halt_times(market)))
+    return replace(market, root=folder, mbo=(files[0],), definitions=(files[1],))
 
 
 def same(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -53,6 +71,56 @@ def test_features_of_a_live_session_equal_those_of_its_file_to_the_last_bit(mark
     heard = asyncio.run(session())
     assert heard.n == len(events)
     assert_rows_equal(heard, events, replay(events, instruments))
+
+
+class Markets(DataActor):
+    """Keeps what is told of the trading state of its instruments."""
+
+    def __new__(cls, *_args: Any) -> Markets:
+        return super().__new__(cls)
+
+    def __init__(self, instruments: Sequence[Instrument], enough: int) -> None:
+        super().__init__(DataActorConfig(actor_id=ActorId("MARKETS")))
+        self.ids, self.enough = [InstrumentId.from_str(x.id) for x in instruments], enough
+        self.got, self.done = list[Any](), asyncio.Event()
+
+    def on_start(self) -> None:
+        for i in self.ids:
+            self.subscribe_instrument_status(i)
+
+    def on_instrument_status(self, status: Any) -> None:
+        self.got.append(status)
+        if len(self.got) == self.enough:
+            self.done.set()
+
+
+@pytest.mark.parametrize("reader", ["direct", "nautilus"])
+def test_halts_and_openings_come_with_the_records(halting: MarketFiles, reader: Any) -> None:
+    instruments = read_dbn(halting.mbo[0])[1]
+
+    async def session() -> list[Any]:
+        actor = Markets(instruments, 4)
+        async with playing(halting.mbo) as gateway:
+            await listen(gateway, instruments, lambda h: False, reader, actors=[actor], done=actor.done)
+        return actor.got
+
+    got = sorted((s.ts_event, str(s.instrument_id), s.action.name) for s in asyncio.run(session()))
+    at = halt_times(halting)
+    assert got == sorted((t, x.id, a) for x in instruments for t, a in zip(at, ("HALT", "TRADING")))
+
+
+def test_a_dataset_that_tells_of_no_halts_is_read_without_them(halting: MarketFiles) -> None:
+    events, instruments = read_dbn(halting.mbo[0])
+
+    async def session() -> Any:
+        actor = Markets(instruments, 1)
+        async with playing(halting.mbo) as gateway:
+            del gateway.tape._streams["status"]
+            return await listen(gateway, instruments, lambda h: h.n >= len(events), actors=[actor])
+
+    heard = asyncio.run(session())
+    assert "this dataset tells nothing of halts and auctions" in heard.link.said and heard.link.counts["sessions"] == 2
+    assert heard.n == len(events)
 
 
 def test_a_partial_execution_leaves_the_rest_of_the_order(market: MarketFiles) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import EAGER, Small
+from live_feed import statuses
 
 from catalog.errors import InputError
 from catalog.events import SCALE, read_catalog
@@ -161,6 +163,18 @@ def test_a_silent_feed_halts_entries_and_says_so_until_it_speaks_again(small: Sm
     assert process.returncode == 0, said
     silent, again = said.find("no entries: feed replay is silent"), said.find("entries again: feed is well")
     assert 0 < silent < again
+
+
+def test_a_halted_market_is_not_entered_and_its_halt_is_told(small: Small, tmp_path: Path) -> None:
+    files = [Path(shutil.copy(p, tmp_path)) for p in last_session(small)]
+    first = int(read_events(small)["ts_init"][0])
+    (tmp_path / files[0].name.replace(".mbo.", ".status.")).write_bytes(statuses(files[0], [first]))
+    state = tmp_path / "state"
+    process = session(small, state, "--speed", "0", dbn=[str(p) for p in files])
+    said, _ = process.communicate(timeout=WITHIN_S)
+    assert process.returncode == 0 and said.count(": halted") == 2, said
+    told = json.loads((state / "summary.json").read_text())
+    assert told["decisions"]["market: halted"] > 0 and told["orders"] == 0
 
 
 def test_a_fault_in_a_callback_ends_the_session_with_its_traceback(small: Small, tmp_path: Path) -> None:
