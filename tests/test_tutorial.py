@@ -13,7 +13,7 @@ import typer
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "tutorial.md").read_text()
-CALL = re.compile(r"python -m uv run (?:python -m (catalog|cift_models)\b|(run_backtest)\.py)([^|;\n]*)")
+CALL = re.compile(r"python -m uv run (?:python -m (catalog|cift_models)\b|(run_backtest)\.py)([^|;>\n]*)")
 CALLS = [(m[1] or m[2], m[3]) for m in CALL.finditer(PAGE)]
 
 
