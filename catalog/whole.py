@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import shutil
@@ -12,25 +13,37 @@ from typing import Final
 
 STORE: Final = Path(__file__).resolve().parent / "data"  # what is made or downloaded without being told where; not in git
 
+_HERE: Final = -100  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
+_EXCHANGE: Final = 2
+
 
 @contextmanager
 def replacing(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that takes its place when all went well, and vanishes otherwise."""
+    """A hidden folder beside `out` that takes its place, at once, when all went well, and vanishes otherwise."""
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.parent / f".{out.name}.{os.getpid()}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:
         yield part
-        if out.exists():
+        if not out.exists():
+            part.rename(out)
+        elif not _exchange(part, out):
             old = out.parent / f".{out.name}.{os.getpid()}.old"
             out.rename(old)
             part.rename(out)
             shutil.rmtree(old)
-        else:
-            part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Let two paths change places in one step: whoever opens either finds a whole one. False where the system cannot (Linux can)."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):
+        return False
+    return bool(renameat2(_HERE, os.fsencode(a.absolute()), _HERE, os.fsencode(b.absolute()), _EXCHANGE) == 0)
 
 
 def sha256(path: Path) -> str:

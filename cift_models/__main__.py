@@ -41,6 +41,10 @@ def train(
     config: Annotated[Path | None, typer.Option(help="TOML with [train], [ensemble] and a table for each member")] = None,
     measure_latency: Annotated[bool, typer.Option(help="store this machine's latency instead of the default table")] = False,
     altdata: Alternative = None,
+    since: Annotated[
+        str, typer.Option(help="retrain: a champion's folder, or a time from which to learn, the champion being --out; it is replaced only "
+                          "by a better one")
+    ] = "",
 ) -> None:  # fmt: skip
     """Train on a catalog and write an artifact folder. Interrupted, the same command goes on where it stood."""
     from cift_models import settings
@@ -49,6 +53,19 @@ def train(
 
     tables = settings.read(config) if config is not None else {}
     typed = {"folds": folds, "seeds": seeds, "measure_latency": measure_latency or None}
+    if since:
+        from cift_models import retrain
+
+        champion, begin = retrain.since(since, out)
+        if only or (folds or 1) > 1:
+            raise InputError("--only and --folds do not go with --since: a challenger has the champion's members, and one fold")
+        tables["train"] = tables.get("train", {}) | {k: v for k, v in typed.items() if v is not None}
+        verdict = retrain.retrain(
+            champion, catalog, out, begin, nanoseconds(start), nanoseconds(end), seed, member or (), _table(altdata), tables,
+            _symbols(symbols),
+        )  # fmt: skip
+        print(retrain.line(verdict, out))
+        return
     how = {"folds": 2, "seeds": 5} | tables.pop("train", {}) | {k: v for k, v in typed.items() if v is not None}
     path = run(
         catalog, _symbols(symbols), nanoseconds(start), nanoseconds(end), out, seed, _symbols(only), member or (),

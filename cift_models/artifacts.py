@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,6 +61,39 @@ def write(out: str | Path, manifest: dict[str, Any], save: Callable[[Path], None
         whole["sha256"] = _own_sha256(json.loads(_text(whole)))
         (part / "manifest.json").write_text(_text(whole))
     return Artifact(out, json.loads(_text(whole)), whole["sha256"][:12])
+
+
+def put(made: Path, out: Path) -> None:
+    """The artifact folder `made`, byte for byte, in the place of `out`: whoever loads that gets the old one or the new one, whole."""
+    writable(out)
+    with replacing(out) as part:
+        shutil.copytree(made, part, dirs_exist_ok=True)
+
+
+def steady[T](path: str | Path, load: Callable[[], T]) -> T:
+    """What `load` makes of the artifact folder `path`; where another artifact has taken its place meanwhile, it is loaded again.
+
+    So that whoever loads while a training ends gets the old one or the new one, and never a part of each. Raises what `load` raises.
+    """
+    place = Path(path) / "manifest.json"
+
+    def which() -> tuple[int, int] | None:
+        try:
+            told = place.stat()
+        except OSError:
+            return None
+        return told.st_ino, told.st_ctime_ns
+
+    while True:
+        before = which()
+        try:
+            made = load()
+        except (InputError, OSError, ValueError, KeyError):
+            if which() == before:
+                raise
+            continue
+        if which() == before:
+            return made
 
 
 def read(path: str | Path, features: Sequence[str] | None = None) -> Artifact:

@@ -30,6 +30,30 @@ class Calibration(NamedTuple):
     debiased: float
 
 
+def worsening(
+    proba: F64, before: F64, y: I8, ts: I64, horizon_ns: int, level: float, bins: int = BINS, seed: int = 0
+) -> tuple[float, float, float]:
+    """How much larger the calibration error of `proba` (n, 3) is than that of `before` on the same decisions: difference, and its interval.
+
+    Blocks of time as in :func:`calibration` are drawn with replacement, the same for both, bins kept; NaN ends below 8 blocks.
+    """
+    block = _blocks(ts, horizon_ns)
+    blocks = int(block[-1]) + 1
+    own = [_gaps(p, y, block, bins)[1:] for p in (proba, before)]
+    now, was = (float(w @ np.abs(s.sum(axis=1))) for w, s in own)
+    if blocks < 8:
+        return now - was, float("nan"), float("nan")
+    times = np.random.default_rng(seed).multinomial(blocks, np.full(blocks, 1 / blocks), DRAWS).T.astype(np.float64)
+    drawn = [w @ np.abs(s @ times) for w, s in own]
+    low, high = np.quantile(drawn[0] - drawn[1], [(1 - level) / 2, (1 + level) / 2])
+    return now - was, float(low), float(high)
+
+
+def _blocks(ts: I64, horizon_ns: int) -> I64:
+    width = max(4 * horizon_ns, -(-(int(ts[-1] - ts[0]) + 1) // BLOCKS))
+    return np.unique((ts - ts[0]) // width, return_inverse=True)[1]
+
+
 def calibration_error(proba: F64, y: I8, bins: int = BINS) -> float:
     """Expected calibration error (Naeini et al. 2015) over all three classes, in equally filled bins of the predicted probability."""
     means, weight, _ = _gaps(proba, y, np.zeros(len(y), np.int64), bins)
@@ -58,8 +82,7 @@ def calibration(proba: F64, y: I8, ts: I64, horizon_ns: int, bins: int = BINS, s
     n, nan = len(y), float("nan")
     if not n:
         return Calibration(nan, nan, nan, nan)
-    width = max(4 * horizon_ns, -(-(int(ts[-1] - ts[0]) + 1) // BLOCKS))
-    block = np.unique((ts - ts[0]) // width, return_inverse=True)[1]
+    block = _blocks(ts, horizon_ns)
     blocks = int(block[-1]) + 1
     m, w, s = _gaps(proba, y, block, bins)
     ece = float(w @ np.abs(m))

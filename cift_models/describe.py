@@ -23,6 +23,8 @@ def describe(found: Artifact, own: Sequence[str] = ()) -> Iterator[str]:
     m = found.manifest
     yield f"{found.path}: version {found.version}, written by {m['code']}, seed {m['seed']}"
     yield f"trained on {', '.join(m['instruments'])}: {m['range']['decisions']:,} decisions, {_when(m['range'])}"
+    if "retrained" in m:
+        yield f"retrained from {m['retrained']['champion']} on what came since {_at(m['retrained']['since'])}"
     yield f"horizons {', '.join(m['horizons_trained'])}; {len(m['features'])} features"
     latency = m["latency"]
     quantiles = (f"p{100 * q:g} {ns / 1e6:.2f} ms" for q, ns in zip(latency["q"], latency["ns"]))

@@ -19,6 +19,7 @@ A member is any class with (no base class; see `fusion.py` and `hmm.py`):
     seeded = False                                     optional: its fit depends on no seed, and is done once
     report() -> list[str]                              optional: what was learnt, in words, for `inspect`
     join(known)                                        optional: take alternative data (asof.Lookup of the trained instruments, or None)
+    fit(study, gathered, start=old)                    optional: go on from an earlier fit of the same instruments, when retrained
     to(device)                                         optional: serve on "cpu" or "cuda" from now on
 
 A `Config` (frozen dataclass or pydantic model) in the member's module is what a user may set of it, see `settings.py`: `fit`, and

@@ -53,10 +53,11 @@ class Gnn:
         return Gatherer(instruments, names)
 
     @classmethod
-    def fit(cls, study: Study, gathered: Gatherer, config: Config | None = None) -> Self:
+    def fit(cls, study: Study, gathered: Gatherer, config: Config | None = None, start: Self | None = None) -> Self:
         """The net on the fit slice, its comparison with the LASSO and with class frequencies on the calibration slice.
 
-        Deterministic for `study.seed`. Raises InputError with a single instrument, or where too few decisions of two of them have labels.
+        From a `start`, an earlier fit of the same instruments and sizes, descent begins at its net, in its units. Deterministic for
+        `study.seed`. Raises InputError with a single instrument, or where too few decisions of two of them have labels.
         """
         config, n = config or Config(), len(study.instruments)
         if n < 2:
@@ -87,7 +88,11 @@ class Gnn:
                 moved = np.abs(table.move[mine, h])
                 sizes[k, h] = moved.mean() if moved.any() else 1.0
                 prior[k, 3 * h : 3 * h + 3] = np.log(rates(early[mine, h]))
-        scales = Scales.fit(x.where(rows))
+        if start is not None:
+            w, same = start.weights, start.ids == tuple(i.id for i in study.instruments)
+            if not same or (w.node.shape[1], w.conv_b.shape[1], w.attend.shape[1]) != (config.width, config.filters, config.heads):
+                start = None
+        scales = Scales.fit(x.where(rows)) if start is None else start.scales
 
         def sample(y: NDArray[np.int8], most: int) -> Sample:
             some = np.flatnonzero((y >= 0).any(axis=1))
@@ -111,7 +116,7 @@ class Gnn:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a linear fit that is not quite there yet is judged like the others
             rivals = {job: linear(job) for job in jobs}  # one after the other: sums in threads that compete round as it happens
-        deep = train(task, config, study.seed)
+        deep = train(task, config, study.seed, None if start is None else start.weights)
         wide = {(k, h): m for (k, h, all_), m in rivals.items() if all_}
         weights, shares = join(deep, prior, wide, scales, check)
         ids, multiplier = [i.id for i in study.instruments], np.array([i.multiplier for i in study.instruments])

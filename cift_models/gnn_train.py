@@ -115,6 +115,35 @@ def weights_of(net: Any, prior: F32) -> Weights:
     )  # fmt: skip
 
 
+def begin_at(net: Any, w: Weights) -> None:
+    """Give a fresh `net` the parameters that :func:`weights_of` read, but for the class frequencies, which are the task's."""
+    import torch
+
+    def to(p: Any, a: F32) -> None:
+        p.copy_(torch.from_numpy(np.ascontiguousarray(a)))
+
+    with torch.no_grad():
+        for a, conv in enumerate(net.convs):
+            to(conv.weight, (w.conv_1 if a == 0 else w.conv[a - 1]).reshape(-1, conv.out_features).T)
+            to(conv.bias, w.conv_b[a])
+        to(net.take.weight, w.take.T)
+        net.take.bias.zero_()
+        to(net.now.weight, w.now.T)
+        to(net.node, w.node)
+        for a, layer in enumerate(net.attention):
+            for p, x in (
+                (layer.lin_l.weight, w.source[a].T), (layer.lin_l.bias, w.source_b[a]), (layer.lin_r.weight, w.target[a].T),
+                (layer.lin_r.bias, w.target_b[a]), (layer.lin_edge.weight, w.edge[a].T), (layer.att, w.attend[a][None]),
+                (layer.bias, w.message_b[a]),
+            ):  # fmt: skip
+                to(p, x)
+        to(net.head.weight, w.head.T)
+        net.head.bias.zero_()
+        to(net.head.bias[3 * H :], w.head_b[:, 3 * H :].mean(axis=0))
+        for p, x in ((net.pair, w.pair), (net.pair_e, w.pair_e), (net.pair_b, w.pair_b), (net.lead, w.lead), (net.lead_e, w.lead_e)):
+            to(p, x)
+
+
 class Sample(NamedTuple):
     """Decisions to learn from: inputs, node (m,), class (m, H) -1 where there is none, |move| over its mean (m, H)."""
 
@@ -137,8 +166,8 @@ class Task(NamedTuple):
     weight: F64
 
 
-def train(task: Task, config: Config, seed: int) -> Weights:
-    """Fit the deep part and stop by the log-loss on `check`.
+def train(task: Task, config: Config, seed: int, start: Weights | None = None) -> Weights:
+    """Fit the deep part, from `start` or anew, and stop by the log-loss on `check`.
 
     Every other graph is shown mirrored: all prices upside down, up and down exchanged. Deterministic for a seed.
     """
@@ -149,14 +178,16 @@ def train(task: Task, config: Config, seed: int) -> Weights:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return _descend(torch, task, config, np.random.default_rng(seed))
+            return _descend(torch, task, config, np.random.default_rng(seed), start)
     finally:
         torch.set_num_threads(threads)
 
 
-def _descend(torch: Any, task: Task, config: Config, rng: np.random.Generator) -> Weights:
+def _descend(torch: Any, task: Task, config: Config, rng: np.random.Generator, start: Weights | None) -> Weights:
     fit, check, n = task.fit, task.check, len(task.prior)
     net, kept = torch_net(n, config), torch_net(n, config)
+    if start is not None:
+        begin_at(net, start)
     kept.load_state_dict(net.state_dict())
     adam = torch.optim.AdamW(net.parameters(), config.rate, weight_decay=config.decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(adam, config.rate, total_steps=config.steps)

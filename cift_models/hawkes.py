@@ -310,26 +310,34 @@ class Hawkes:
         return Gatherer(len(instruments), (config or Config()).types)
 
     @classmethod
-    def fit(cls, study: Study, gathered: Gatherer, config: Config | None = None) -> Self:
+    def fit(cls, study: Study, gathered: Gatherer, config: Config | None = None, start: Self | None = None) -> Self:
         """Processes on the fit slice, direction maps on fit and calibration slices (labels purged by their known time).
 
         Needs of `study`: `instruments`, `split`, `usable`, `classes`, `fit_rows`, `calibration_rows` and the table's ts, instrument,
         move and known_at. Raises InputError where no instrument has events enough; single ones that have not are named in `skipped`
-        and abstain.
+        and abstain. From a `start`, an earlier fit of the same instruments and types, the likelihood is climbed from its parameters, and an
+        instrument without events enough stays as it was.
         """
         config = config or Config(types=gathered.types)
         if config.types != gathered.types:
             raise InputError(f"hawkes: events were gathered as {gathered.types}, not as {config.types}: give both one configuration")
         me = cls.untrained(tuple(i.id for i in study.instruments), config)
         z = me.arrays
+        if start is not None and start.config != config:
+            start = None
         for r, id_ in enumerate(me.ids):
             t, kind, holes = gathered.events(r, study.split.start, study.split.weigh)
             upto = int(np.searchsorted(t, study.split.calibrate))
             since = max(0, upto - config.max_events)
+            guess = start.process(r) if start is not None and start.arrays["fitted"][r] else None
+            missing = holes[(holes > since) & (holes < upto)] - since
             try:
-                fit = fit_process(t[since:upto], kind[since:upto], config, holes=holes[(holes > since) & (holes < upto)] - since)
+                fit = fit_process(t[since:upto], kind[since:upto], config, holes=missing, guess=guess)
             except InputError as e:
                 me.skipped[id_] = str(e)
+                if start is not None:
+                    for name in ARRAYS:
+                        z[name][r] = start.arrays[name][r]
                 continue
             params, maps = fit.params, [ahead(fit.params, s) for s in me._seconds]
             z["mu"][r], z["alpha"][r], z["beta"][r] = params

@@ -181,12 +181,13 @@ def by_regime(states: F64) -> F64:
     return states if states.shape[1] == K else states.reshape(len(states), K, -1).sum(axis=2)
 
 
-def fit_chain(x: F64, lengths: Sequence[int], seed: int = 0, config: Config | None = None) -> Chain:
+def fit_chain(x: F64, lengths: Sequence[int], seed: int = 0, config: Config | None = None, start: Chain | None = None) -> Chain:
     """The likeliest of several Baum-Welch fits to scaled measures x (n, D) of sequences of `lengths`, states in the order of REGIMES.
 
-    Means are drawn a little towards the regimes' prototypes, so that refits find the same ones. A start that fails or
-    diverges is dropped; where all do, the prototypes stand. Variances and transitions have floors. With `config.mixtures` M > 1 the
-    Gaussians of each state are then split and fitted on; K M states come back, M side by side for each regime.
+    Means are drawn a little towards the regimes' prototypes, so that refits find the same ones; given a `start`, that chain's states stand
+    in their place and are the only ones that are fitted on. A start that fails or diverges is dropped; where all do, the prototypes
+    stand. Variances and transitions have floors. With `config.mixtures` M > 1 the Gaussians of each state are then split and fitted on;
+    K M states come back, M side by side for each regime.
     """
     from hmmlearn.hmm import GaussianHMM
 
@@ -194,14 +195,14 @@ def fit_chain(x: F64, lengths: Sequence[int], seed: int = 0, config: Config | No
     x = np.nan_to_num(x, nan=0.0, posinf=CLIP, neginf=-CLIP)
     mean = np.array([[0, -0.8, -0.5, -0.3], [1, 0.3, 0.3, 0], [-1, 0.3, 0.3, 0], [0, 1.2, 0.8, 0.5], [0, 2.5, 1.8, 2.0]], np.float64)
     stay = np.full((K, K), 0.02 / (K - 1)) + np.eye(K) * (0.98 - 0.02 / (K - 1))
-    first = Chain(np.full(K, 1 / K), stay / stay.sum(axis=1, keepdims=True), mean, np.ones((K, D)))
+    first = Chain(np.full(K, 1 / K), stay / stay.sum(axis=1, keepdims=True), mean, np.ones((K, D))) if start is None else _joined(start)
     best, best_score = first, -np.inf
     rng = np.random.default_rng(seed)
     logger = logging.getLogger("hmmlearn")
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # a fit that does not converge is no matter: the best of several counts
     try:
-        for a in range(config.starts):
+        for a in range(config.starts if start is None else 1):
             model = GaussianHMM(
                 K, covariance_type="diag", min_covar=config.floor, n_iter=config.iterations, tol=1e-3 * len(x) ** 0.5, random_state=seed,
                 init_params="", transmat_prior=1 + config.sticky * np.eye(K), means_prior=first.mean, means_weight=config.anchor * len(x),
@@ -223,6 +224,19 @@ def fit_chain(x: F64, lengths: Sequence[int], seed: int = 0, config: Config | No
         return best if config.mixtures == 1 else _split(x, lengths, best, seed, config)
     finally:
         logger.setLevel(level)
+
+
+def _joined(chain: Chain) -> Chain:
+    """One Gaussian for each regime, of the same mean and variance, in place of the M that it emits from."""
+    m = len(chain.start) // K
+    if m == 1:
+        return chain
+    share = np.linalg.matrix_power(chain.moves, 1 << 12)[0].reshape(K, m)
+    share /= share.sum(axis=1, keepdims=True)
+    mean, var = (a.reshape(K, m, -1) for a in (chain.mean, chain.var))
+    middle = (share[:, :, None] * mean).sum(axis=1)
+    moves = (chain.moves.reshape(K, m, K, m).sum(axis=3) * share[:, :, None]).sum(axis=1)
+    return Chain(by_regime(chain.start[None])[0], moves, middle, (share[:, :, None] * (var + (mean - middle[:, None]) ** 2)).sum(axis=1))
 
 
 def _split(x: F64, lengths: Sequence[int], one: Chain, seed: int, config: Config) -> Chain:
@@ -437,9 +451,11 @@ class Hmm:
         return Measures(instruments, names)
 
     @classmethod
-    def fit(cls, study: Study, gathered: Measures, config: Config | None = None) -> Self:
+    def fit(cls, study: Study, gathered: Measures, config: Config | None = None, start: Self | None = None) -> Self:
         """Chain and scalers on the fit slice; P(class | regime) on the calibration slice, shrunk towards the instrument's own rates.
 
+        From a `start`, an earlier fit of the same instruments, EM goes on where that ended, in its units, and P(class | regime) is shrunk
+        towards what it was.
         Raises InputError where fewer seconds than `min_seconds` were seen.
         """
         config = config or Config()
@@ -448,7 +464,9 @@ class Hmm:
             raise InputError(f"regimes need {config.min_seconds} seconds of data in the fit slice, there are {len(x)}: give a longer range")
         n = len(study.instruments)
         centre, scale = np.zeros((n, D)), np.ones((n, D))
-        for k in range(n):
+        if start is not None:
+            centre, scale = start.centre.copy(), start.scale.copy()
+        for k in range(n) if start is None else ():
             if (inst == k).any():
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", RuntimeWarning)  # a measure that never was
@@ -459,13 +477,13 @@ class Hmm:
         order = np.lexsort((end, inst))
         cuts = np.flatnonzero((np.diff(inst[order]) != 0) | (np.diff(end[order]) != SCALE)) + 1
         lengths = np.diff(np.concatenate([[0], cuts, [len(order)]]))
-        chain = fit_chain(z[order], lengths.tolist(), study.seed, config)
+        chain = fit_chain(z[order], lengths.tolist(), study.seed, config, None if start is None else start.chain)
         tick = np.array([i.tick / SCALE for i in study.instruments])
         me = cls(study.names, tick, chain, centre, scale, np.full((n, K, H, 3), np.nan), np.full((n, K, H), np.nan))
-        me._fit_votes(study, gathered, config)
+        me._fit_votes(study, gathered, config, None if start is None else start.table)
         return me
 
-    def _fit_votes(self, study: Study, gathered: Measures, config: Config) -> None:
+    def _fit_votes(self, study: Study, gathered: Measures, config: Config, before: F64 | None) -> None:
         x, inst, end = gathered.seconds(study.split.weigh)
         table = study.table
         for k in range(len(self.tick)):
@@ -491,7 +509,8 @@ class Hmm:
                 for r in range(K):
                     w = worth * seen[at, r]
                     total = w.sum() + config.pseudo
-                    self.table[k, r, h] = (np.bincount(y[rows], weights=w, minlength=3) + config.pseudo * rates) / total
+                    belief = rates if before is None or np.isnan(before[k, r, h, 0]) else before[k, r, h]
+                    self.table[k, r, h] = (np.bincount(y[rows], weights=w, minlength=3) + config.pseudo * belief) / total
                     self.size[k, r, h] = (w @ moved + config.pseudo * moved.mean()) / total
 
     def new_state(self) -> State:

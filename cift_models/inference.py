@@ -158,6 +158,12 @@ class Engine:
         member that is not named in `own`: an artifact never decides what code is imported. Decisions within the training range teach its
         weights nothing more.
         """
+        return artifacts.steady(path, lambda: cls._load(path, instruments, own, budget_ns, device))
+
+    @classmethod
+    def _load(
+        cls, path: str | Path, instruments: Sequence[Instrument], own: Sequence[str], budget_ns: int | None, device: Device
+    ) -> Self:
         from cift_models.features import NAMES
 
         found = artifacts.read(path, NAMES)

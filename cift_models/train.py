@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import shutil
 import sys
@@ -33,10 +34,10 @@ from cift_models.baselines import Baselines, level1_columns
 from cift_models.ensemble import Config as EnsembleConfig
 from cift_models.ensemble import Ensemble, Member, available, learning_rates, member_class
 from cift_models.inference import DEFAULT_LATENCY, Engine, Latency, measure_latency, stream
-from cift_models.labels import LABELS, H, Labeller, Split, Study, Table, Thinned, fit_thresholds, walk_forward
+from cift_models.labels import LABELS, H, Labeller, Split, Study, Table, Thinned, Thresholds, fit_thresholds, walk_forward
 from cift_models.scorecard import plain
 from cift_models.validate import evaluate
-from cift_models.weigh import Source, Weighed, one_thread, pooled_losses, weigh
+from cift_models.weigh import Source, Weighed, cut, one_thread, pooled_losses, weigh
 from cift_models.windows import HORIZONS_NS
 from cift_models.work import Work, code_key, data_key, pack, unfinished, unpack
 
@@ -81,8 +82,10 @@ def catalog_source(root: str | Path, ids: Sequence[str] | None = None, start: in
     return lambda: read_catalog(root, ids, start, end)
 
 
-def gather(source: Source, members: Mapping[str, str], cap: int, total: int = 0, configs: Mapping[str, Any] | None = None) -> Gathered:
-    """One pass: features, labels and what members gather themselves; memory bounded by `cap` decision rows."""
+def gather(
+    source: Source, members: Mapping[str, str], cap: int, total: int = 0, configs: Mapping[str, Any] | None = None, since: int = 0
+) -> Gathered:
+    """One pass: features, labels and what members gather themselves, from `since` (ns) on; memory bounded by `cap` decision rows."""
     from cift_models.features import NAMES
 
     instruments, chunks = source()
@@ -98,25 +101,28 @@ def gather(source: Source, members: Mapping[str, str], cap: int, total: int = 0,
         for block in stream(instruments, chunks):
             at, rows = block.events[block.closes], block.rows[block.closes]
             outcomes = labeller.push(block.events, np.ascontiguousarray(block.rows[:, mid]), block.closes)
-            held.push(at["ts_init"], at["instrument"].astype(np.int64), outcomes, rows=rows, spread=rows[:, spread])
+            ts, late = at["ts_init"], cut(block, since)[1]
+            held.push(ts, at["instrument"].astype(np.int64), outcomes, ts >= since, rows=rows, spread=rows[:, spread])
             for g in own.values():
-                if g is not None:
-                    g.push(block)
+                if g is not None and len(late.events):
+                    g.push(late)
             steps.advance(len(block.events))
     held.learn(labeller.finish())
     z = held.result()
     return Gathered(tuple(instruments), NAMES, Table(*(z[f] for f in Table._fields)), own, held.step)
 
 
-def study(gathered: Gathered, split: Split, seed: int, altdata: Lookup | None = None) -> tuple[Study, list[str]]:
-    """Thresholds of the fit slice and the horizons that can be learnt; and what was left out, in words."""
+def study(
+    gathered: Gathered, split: Split, seed: int, altdata: Lookup | None = None, thresholds: Thresholds | None = None
+) -> tuple[Study, list[str]]:
+    """Thresholds of the fit slice, unless they are given, and the horizons that can be learnt; and what was left out, in words."""
     from cift_models.features import FEATURES
 
     table, left = gathered.table, []
     inputs = tuple(f.name for f in FEATURES if f.model_input)
     in_fit = (table.ts >= split.start) & (table.ts < split.calibrate)
     known = Table(*table)._replace(move=np.where(table.known_at <= split.calibrate, table.move, np.nan))
-    thresholds = fit_thresholds(known, len(gathered.instruments), in_fit)
+    thresholds = thresholds or fit_thresholds(known, len(gathered.instruments), in_fit)
     all_ = Study(gathered.instruments, gathered.names, inputs, table, split, thresholds, tuple(range(H)), seed, altdata)
     usable = []
     for h in range(H):
@@ -158,12 +164,12 @@ def train(
             "catalog": str(root.resolve()), "symbols": list(instrument_ids or []), "start": start, "end": end, "seed": seed,
             "members": chosen, **told,
         }  # fmt: skip
-        data = data_key(root) | {"altdata": _digest(altdata)}
+        data = data_key(root) | {"altdata": digest(altdata)}
         key = {"command": command, "data": data, "code": code_key(list(chosen.values()))}
         source = catalog_source(source, instrument_ids, start, end)
     known = lookup(altdata, [i.id for i in source()[0]]) if altdata is not None else None
     with unfinished(out, key) as work, one_thread():
-        gathered = _gathered(work, source, chosen, config, configs, total, keep=key is not None)
+        gathered = gathered_in(work, source, chosen, config, configs, total, keep=key is not None)
         table = gathered.table
         if len(table.ts) < LEAST_DECISIONS:
             raise InputError(
@@ -175,7 +181,7 @@ def train(
         for f, split in enumerate(splits):
             last = f == len(splits) - 1
             upto = split.end if last else splits[f + 1].end
-            fold = _Fold(work, f, source, split, upto, gathered, chosen, config, configs, mixing, known, altdata, total)
+            fold = Fold(work, f, source, split, upto, gathered, chosen, config, configs, mixing, known, altdata, total)
             try:
                 folds.append(fold.run(seed))
             except InputError as e:
@@ -184,43 +190,32 @@ def train(
                 folds.append({"split": split._asdict(), "left_out": [str(e)], "scores": None, "after": None, "seeds": None})
         for line in folds[-1]["left_out"]:
             print(f"left out: {line}", file=sys.stderr)
-        latency = fold.latency(source, folds[-1]["seeds"]["kept"]) if config.measure_latency else DEFAULT_LATENCY
-        manifest = {
-            "features": list(gathered.names),
-            "instruments": [i.id for i in gathered.instruments],
-            "horizons_ns": list(HORIZONS_NS),
-            "range": {"start": int(table.ts[0]), "end": int(table.ts[-1]), "decisions": len(table.ts)},
-            "seed": seed,
-            "latency": {"source": latency.source, "q": list(latency.q), "ns": list(latency.ns)},
-            "altdata": known.told(splits[-1].start, splits[-1].end) if known is not None else None,
-            "settings": {name: settings.plain(c) for name, c in {"train": config, "ensemble": mixing, **configs}.items()},
-            **folds[-1].pop("artifact"),
-            "folds": [{k: v for k, v in told.items() if k != "artifact"} for told in folds],
-        }
+        latency = fold.latency(folds[-1]["seeds"]["kept"]) if config.measure_latency else DEFAULT_LATENCY
         with Steps("save"):
-            return artifacts.write(out, manifest, lambda part: fold.copy(part, folds[-1]["seeds"]["kept"])).path
+            return fold.write(out, folds, seed, latency).path
 
 
-def _digest(altdata: AltData | None) -> str | None:
+def digest(altdata: AltData | None) -> str | None:
     if altdata is None:
         return None
     columns = (altdata.instrument, altdata.feature, altdata.value, altdata.ts_event, altdata.ts_known)
     return hashlib.sha256(json.dumps(altdata.names).encode() + b"".join(c.tobytes() for c in columns)).hexdigest()
 
 
-def _gathered(
-    work: Work, source: Source, chosen: Mapping[str, str], config: Config, configs: Mapping[str, Any], total: int, keep: bool
-) -> Gathered:
+def gathered_in(
+    work: Work, source: Source, chosen: Mapping[str, str], config: Config, configs: Mapping[str, Any], total: int, keep: bool,
+    since: int = 0,
+) -> Gathered:  # fmt: skip
     """What :func:`gather` gives, from the work folder where it is there already."""
     made: list[Gathered] = []
     modules = [path.partition(":")[0] for path in chosen.values()]
 
     def make(part: Path) -> None:
-        made.append(gather(source, chosen, config.cap, total, configs))
+        made.append(gather(source, chosen, config.cap, total, configs, since))
         pack(made[0], part, modules)
 
     if not keep:
-        return gather(source, chosen, config.cap, total, configs)
+        return gather(source, chosen, config.cap, total, configs, since)
     try:
         place = work.step("gathered", make)
     except TypeError as e:
@@ -234,8 +229,12 @@ def _gathered(
 
 
 @dataclass(slots=True)
-class _Fold:
-    """One fold: its fits, one folder for each member and seed, then its weights and scores."""
+class Fold:
+    """One fold: its fits, one folder for each member and seed, then its weights and scores.
+
+    `old` are members of an earlier artifact, from which those of the same name start, and which stay where they cannot be fitted again;
+    `thresholds` its classes.
+    """
 
     work: Work
     number: int
@@ -250,11 +249,13 @@ class _Fold:
     known: Lookup | None
     altdata: AltData | None
     total: int
+    old: Mapping[str, Member] = field(default_factory=dict)
+    thresholds: Thresholds | None = None
     fits: dict[str, list[Path]] = field(default_factory=dict)  # by member, a folder for each seed
 
     def run(self, seed: int) -> dict[str, Any]:
         """What the manifest tells of this fold, with "artifact" as what it tells of the models. Raises InputError for too little data."""
-        what, left = study(self.gathered, self.split, seed, self.known)
+        what, left = study(self.gathered, self.split, seed, self.known, self.thresholds)
         seeds = list(range(seed, seed + self.config.seeds))
         if what.usable:
             for name in self.chosen:
@@ -277,16 +278,22 @@ class _Fold:
         opened = self.work.folder / f"{step}.open"  # what a fit keeps for itself while it runs
 
         def make(part: Path) -> None:
-            told = {}
+            told: dict[str, Any] = {}
             if (config := self.configs.get(name)) is not None:
                 if "checkpoint" in getattr(config, "__dataclass_fields__", {}):
                     config = dataclasses.replace(config, checkpoint=opened)
                 told = {"config": config}
+            if (old := self.old.get(name)) is not None and "start" in inspect.signature(cls.fit).parameters:
+                told["start"] = old
             with Steps(f"fit {name}" + (f", seed {seed}" if self.config.seeds > 1 else "") + self._where()):
                 try:
                     cls.fit(what._replace(seed=seed), self.gathered.own[name], **told).save(part)
                 except InputError as e:
-                    (part / REFUSED).write_text(str(e))
+                    if old is None:
+                        (part / REFUSED).write_text(str(e))
+                    else:
+                        print(f"kept as it was: member {name}: {e}", file=sys.stderr)
+                        old.save(part)
 
         place = self.work.step(step, make)
         shutil.rmtree(opened, ignore_errors=True)
@@ -344,17 +351,38 @@ class _Fold:
         """Name -> folder of the fit with `seed`, or of the only one."""
         return {name: next((p for p in places if p.name == self._step(name, seed)), places[0]) for name, places in self.fits.items()}
 
-    def copy(self, part: Path, seed: int) -> None:
+    def write(
+        self, out: Path, folds: Sequence[Mapping[str, Any]], seed: int, latency: Latency, more: Mapping[str, Any] | None = None
+    ) -> artifacts.Artifact:
+        """The artifact of this fold, the last of what :meth:`run` told of all `folds`."""
+        g, table, known = self.gathered, self.gathered.table, self.known
+        kept, upto = folds[-1]["seeds"]["kept"], int(np.searchsorted(table.ts, self.split.end))
+        manifest = {
+            "features": list(g.names),
+            "instruments": [i.id for i in g.instruments],
+            "horizons_ns": list(HORIZONS_NS),
+            "range": {"start": int(table.ts[0]), "end": int(table.ts[upto - 1]), "decisions": upto},
+            "seed": seed,
+            "latency": {"source": latency.source, "q": list(latency.q), "ns": list(latency.ns)},
+            "altdata": known.told(self.split.start, self.split.end) if known is not None else None,
+            "settings": {name: settings.plain(c) for name, c in {"train": self.config, "ensemble": self.mixing, **self.configs}.items()},
+            **folds[-1]["artifact"],
+            "folds": [{k: v for k, v in told.items() if k != "artifact"} for told in folds],
+            **(more or {}),
+        }
+        return artifacts.write(out, manifest, lambda part: self._copy(part, kept))
+
+    def _copy(self, part: Path, seed: int) -> None:
         """The files of the artifact: the members of `seed` and what was learnt of them."""
         for place in (*self._kept(seed).values(), self.work.folder / f"fold-{self.number}-weighed"):
             for f in sorted(place.iterdir()):
                 if f.name != TOLD:
                     shutil.copy(f, part / f.name)
 
-    def latency(self, source: Source, seed: int) -> Latency:
+    def latency(self, seed: int) -> Latency:
         """Measured on this machine, of the models that are kept."""
         members, ids = [self._load(name, p) for name, p in self._kept(seed).items()], [i.id for i in self.gathered.instruments]
-        instruments, chunks = source()
+        instruments, chunks = self.source()
         ensemble = Ensemble.load(self.work.folder / f"fold-{self.number}-weighed")
         engine = Engine(instruments, ids, self.gathered.names, members, ensemble)
         if self.altdata is not None:

@@ -44,7 +44,7 @@ from cift_models.transformer_kernel import (
     scale_rows,
 )  # fmt: skip
 from cift_models.transformer_lessons import COLUMNS, Lessons, Windows, pieces
-from cift_models.transformer_train import Batch, Config, Data, network, outputs, torch_settings, train
+from cift_models.transformer_train import Batch, Config, Data, network, outputs, shapes, torch_settings, train
 from cift_models.windows import MINUTES, SECONDS, TICKS, Block, History, Views, Votes
 
 __all__ = ["COLUMNS", "Config", "State", "Transformer", "fit_slope"]
@@ -83,21 +83,26 @@ class Transformer:
         return Windows(instruments, names, (config or Config()).cap)
 
     @classmethod
-    def fit(cls, study: Study, gathered: Windows, config: Config | None = None) -> Self:
+    def fit(cls, study: Study, gathered: Windows, config: Config | None = None, start: Self | None = None) -> Self:
         """Weights on the fit slice, stopped early and calibrated on the calibration slice; on a CPU deterministic for `study.seed`.
 
-        Raises InputError where fewer than `config.least` windows of the fit slice have a label.
+        From a `start`, an earlier fit of the same instruments, columns and sizes, descent begins at its weights, in its units, and what
+        does not improve on them is not kept. Raises InputError where fewer than `config.least` windows of the fit slice have a label.
         """
         config = config or Config()
         sample = gathered.sample()
         lessons = Lessons.of(study, sample)
         if len(lessons.fit) < config.least:
             raise InputError(f"{len(lessons.fit)} windows with labels before calibration, {config.least} are needed: give a longer range")
-        data = Data(sample, *lessons.scalers(sample), gathered.columns)
+        wanted = shapes(len(gathered.columns), len(lessons.size), config)
+        if start is not None and (start.columns != gathered.columns or {k: v.shape for k, v in start.weights.items()} != wanted):
+            start = None
+        units = lessons.scalers(sample) if start is None else (start.centre, start.scale)
+        data = Data(sample, *units, gathered.columns)
         with torch_settings(config.threads):
             import torch
 
-            weights, losses = train(lessons, data, study.seed, config)
+            weights, losses = train(lessons, data, study.seed, config, None if start is None else start.weights)
             raw = outputs({k: torch.from_numpy(v) for k, v in weights.items()}, data, lessons.calibration, config.heads, "cpu")
         slope, offset = np.zeros(H), np.log(lessons.rates)
         learnt = (weights, data.centre, data.scale, lessons.usable, slope, offset, lessons.size.copy(), losses)
@@ -200,7 +205,7 @@ class Transformer:
         if self.losses:
             best = min(range(len(self.losses)), key=lambda i: self.losses[i][1])
             losses = " ".join(f"{b:.4f}" for _, b in self.losses)
-            told.append(f"calibration loss by epoch {losses}: the weights of epoch {best + 1} are kept")
+            told.append(f"calibration loss by epoch {losses}: the weights of number {best + 1} are kept")
         slopes = ", ".join(f"{LABELS[h]} {self.slope[h]:.2f}" for h in np.flatnonzero(self.usable))
         return [*told, f"slopes {slopes} (0: class shares alone)"]
 

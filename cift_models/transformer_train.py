@@ -263,9 +263,12 @@ def _loss(out: Tensor, y: I8, moved: F64, later: F32, share: F64, config: Config
     return (to(share) * (entropy.view_as(size) + config.beside * (size + ahead))).sum()
 
 
-def train(lessons: Lessons, data: Data, seed: int, config: Config) -> tuple[Weights, list[tuple[float, float]]]:
+def train(
+    lessons: Lessons, data: Data, seed: int, config: Config, start: Weights | None = None
+) -> tuple[Weights, list[tuple[float, float]]]:
     """AdamW (Loshchilov and Hutter 2019) over the fit slice; the weights of the epoch with the least calibration loss, and both losses of
-    each epoch. Every epoch begins with random numbers of its own, so one that was cut short is begun again and ends alike."""
+    each epoch; from a `start` the first of these are its own. Every epoch begins with random numbers of its own, so one that was cut short
+    is begun again and ends alike."""
     import torch
 
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -275,12 +278,19 @@ def train(lessons: Lessons, data: Data, seed: int, config: Config) -> tuple[Weig
     weigh = lessons.worth / (lessons.worth + config.worth)
     weigh /= np.maximum(weigh.sum(axis=1, keepdims=True), 1e-12)
     moved = np.abs(lessons.move) / lessons.size[data.sample["instrument"]]
-    start = initial(len(data.columns), len(data.centre), config, seed)
-    w = {k: torch.tensor(v, device=device, requires_grad=True) for k, v in start.items()}
+    first = initial(len(data.columns), len(data.centre), config, seed) if start is None else start
+    w = {k: torch.tensor(first[k], device=device, requires_grad=True) for k in first}
     groups = [{"params": [w[k] for k in w if (w[k].ndim > 1) is plain], "weight_decay": config.decay * plain} for plain in (True, False)]
     optimiser = torch.optim.AdamW(groups, lr=config.rate)
-    key = _key(lessons, data, seed, config, device)
-    run = _resume(config.checkpoint, key, w, optimiser) or Run(0, 0, np.inf, [], start)
+    key, begun = _key(lessons, data, seed, config, device, start), Run(0, 0, np.inf, [], first)
+
+    def later() -> float:
+        return _calibration_loss(outputs(w, data, lessons.calibration, config.heads, device), y[lessons.calibration], weigh[1])
+
+    if start is not None:
+        so_far = later()
+        begun = begun._replace(best=so_far, losses=[(so_far, so_far)])
+    run = _resume(config.checkpoint, key, w, optimiser) or begun
     total, micro = config.epochs * -(-n // config.batch), config.batch
     with Steps("transformer", config.epochs, "epochs") as steps:
         steps.advance(run.epoch)
@@ -292,7 +302,7 @@ def train(lessons: Lessons, data: Data, seed: int, config: Config) -> tuple[Weig
                 rows = order[at : at + config.batch]
                 flip = (rng.random(len(rows)) < 0.5) & config.mirror
                 told = np.where((y[rows] >= 0) & flip[:, None], 2 - y[rows], y[rows]).astype(np.int8)
-                later = np.where(flip[:, None], -lessons.later[rows], lessons.later[rows])
+                ahead = np.where(flip[:, None], -lessons.later[rows], lessons.later[rows])
                 known = (told >= 0).sum(axis=0)
                 share = np.tile(weigh[0] / np.maximum(known, 1), (len(rows), 1))
                 step = run.epoch * -(-n // config.batch) + at // config.batch
@@ -304,7 +314,7 @@ def train(lessons: Lessons, data: Data, seed: int, config: Config) -> tuple[Weig
                         for part in (slice(a, a + micro) for a in range(0, len(rows), micro)):
                             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
                                 out = network(w, data.batch(rows[part], device, flip[part]), config.heads, config.dropout)
-                            loss = _loss(out, told[part], moved[rows[part]], later[part], share[part], config)
+                            loss = _loss(out, told[part], moved[rows[part]], ahead[part], share[part], config)
                             loss.backward()  # type: ignore[no-untyped-call]
                             sum_ += float(loss.detach()) * len(rows) / n
                         break
@@ -315,8 +325,7 @@ def train(lessons: Lessons, data: Data, seed: int, config: Config) -> tuple[Weig
                         print(f"transformer: the device is out of memory, training goes on with {micro} windows at once", file=sys.stderr)
                 torch.nn.utils.clip_grad_norm_(list(w.values()), 1.0)
                 optimiser.step()
-            later_loss = _calibration_loss(outputs(w, data, lessons.calibration, config.heads, device), y[lessons.calibration], weigh[1])
-            run = run.after(sum_, later_loss, w)
+            run = run.after(sum_, later(), w)
             _keep(config.checkpoint, key, run, w, optimiser)
             steps.advance()
     return run.best_weights, run.losses
@@ -351,11 +360,11 @@ CHECKPOINT: Final = "transformer-checkpoint.safetensors"
 MOMENTS: Final = ("exp_avg", "exp_avg_sq", "step")
 
 
-def _key(lessons: Lessons, data: Data, seed: int, config: Config, device: str) -> str:
-    """What a checkpoint belongs to: the same windows, labels, settings and seed."""
+def _key(lessons: Lessons, data: Data, seed: int, config: Config, device: str, start: Weights | None) -> str:
+    """What a checkpoint belongs to: the same windows, labels, settings, seed and first weights."""
     told = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("checkpoint", "device")}
     digest = hashlib.sha256(json.dumps([told, device, seed, data.columns]).encode())
-    for a in (*lessons, data.centre, data.scale, *(data.sample[k] for f in FRAMES for k in (f, f"{f}_gap"))):
+    for a in (*lessons, data.centre, data.scale, *(start or {}).values(), *(data.sample[k] for f in FRAMES for k in (f, f"{f}_gap"))):
         digest.update(np.ascontiguousarray(a).data)
     return digest.hexdigest()
 

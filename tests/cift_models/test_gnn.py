@@ -15,7 +15,7 @@ from catalog.events import ADD, EVENT, SCALE, TRADE, Instrument
 from cift_models.gnn import RIVALS, Gnn
 from cift_models.gnn_kernel import outputs
 from cift_models.gnn_stream import CELL, EDGE, FLOWS, MEMORY, NOW, SPACING_NS, Gatherer, Inputs, Scales, T
-from cift_models.gnn_train import Config, Linear, Sample, join, lagged, lasso, softmax, torch_net, weights_of
+from cift_models.gnn_train import Config, Linear, Sample, begin_at, join, lagged, lasso, softmax, torch_net, weights_of
 from cift_models.labels import LABELS, H, Labeller, Study, Table, Thinned, fit_thresholds, walk_forward
 from cift_models.leadlag import hedge
 from cift_models.windows import HORIZONS_NS, Block
@@ -408,6 +408,23 @@ def test_what_comes_after_its_slices_changes_nothing():
     rows = np.where(late[:, None], block.rows * 1.01, block.rows)
     a, b = (Gnn.fit(study, gathered(x, 2), QUICK) for x in (block, block._replace(rows=rows)))
     assert same(a.weights, b.weights) and a.comparison == b.comparison
+
+
+def test_a_refit_begins_at_the_net_it_is_given(led):
+    old, block = led
+    w = old.weights
+    n, d, f, q = len(old.ids), w.node.shape[1], w.conv_b.shape[1], w.attend.shape[1]
+    net = torch_net(n, Config(width=d, filters=f, heads=q))
+    begin_at(net, w)
+    same_ = weights_of(net, np.zeros((n, 4 * H), np.float32))._asdict()
+    for name, a in w._asdict().items():
+        if name not in ("wide", "head_b"):
+            assert np.array_equal(same_[name], a), name
+    quick = Config(steps=40, every=20, rate=1e-5)
+    new = Gnn.fit(study_of(block, 3), gathered(block, 3), quick, start=old)
+    assert np.array_equal(new.scales.now, old.scales.now) and np.abs(new.weights.conv - w.conv).max() < 1e-2
+    other = Gnn.fit(study_of(block, 3), gathered(block, 3), QUICK, start=old)
+    assert other.weights.node.shape[1] == QUICK.width, "a net of another size is no start"
 
 
 def test_gathering_stays_within_its_memory():

@@ -444,6 +444,19 @@ def fitted() -> tuple[Hawkes, Study, Block]:
     return learn(*market(1))
 
 
+def test_a_refit_climbs_from_the_old_parameters_and_keeps_an_instrument_that_has_gone_quiet(fitted):
+    old, study, block = fitted
+    gathered = Hawkes.gatherer(INSTRUMENTS, ("x",))
+    mine = block.events[block.events["instrument"] == 0]
+    gathered.push(Block(mine, np.zeros((len(mine), 1)), np.empty(0, np.int64)))
+    new = Hawkes.fit(study, gathered, old.config, start=old)
+    assert new.arrays["report"][0, 1] >= old.arrays["report"][0, 1] - 1e-6, "the same events are no less likely"
+    assert np.allclose(new.process(0).alpha.sum(axis=0), old.process(0).alpha.sum(axis=0), atol=0.02)
+    for name in ("mu", "alpha", "beta", "coef", "fitted"):
+        assert np.array_equal(new.arrays[name][1], old.arrays[name][1], equal_nan=True)
+    assert list(new.skipped) == [INSTRUMENTS[1].id]
+
+
 def test_votes_are_probabilities_and_beat_the_base_rate_on_later_data(fitted: tuple[Hawkes, Study, Block]) -> None:
     member, study, _ = fitted
     assert not member.skipped and member.arrays["fitted"].all()

@@ -147,6 +147,20 @@ def test_names_do_not_depend_on_the_order_of_states_nor_on_the_seed_of_a_refit()
     assert len(REGIMES) == K == 5
 
 
+def test_a_refit_goes_on_from_the_chain_it_is_given_and_keeps_its_states():
+    _, x = planted(3)
+    first = fit_chain(x[:3_000], [3_000], 0)
+    drifted = x[3_000:] + np.array([0.0, 0.3, 0.2, 0.0])
+    again = fit_chain(drifted, [len(drifted)], 0, start=first)
+    moved = (again.mean - first.mean).mean(axis=0)
+    assert np.allclose(moved, [0.0, 0.25, 0.15, 0.0], atol=0.1), "the states have moved as the market has, a little held by what they were"
+    assert (np.abs(again.mean[:, None] - first.mean).sum(axis=2).argmin(axis=1) == np.arange(K)).all(), "and each is still the same"
+    before, after = np.empty((len(drifted), K)), np.empty((len(drifted), K))
+    assert filter_all(drifted, *again, after) > filter_all(drifted, *first, before)
+    mixed = fit_chain(drifted, [len(drifted)], 0, Config(mixtures=2), fit_chain(x[:3_000], [3_000], 0, Config(mixtures=2)))
+    assert len(mixed.start) == 2 * K and filter_all(drifted, *mixed, np.empty((len(drifted), 2 * K))) > -np.inf
+
+
 def odd_measures(seed: int):
     """Measures of a kind that the seed chooses: constant, jumping, spiked, missing, tiny, huge, trending or all of it by columns."""
     rng = np.random.default_rng(seed)

@@ -351,6 +351,19 @@ def test_an_interrupt_is_survived_and_a_checkpoint_serves_its_own_training_only(
         fit(block, config)
 
 
+def test_a_refit_begins_at_the_weights_it_is_given_and_keeps_nothing_worse(member, block):
+    later = market(5)
+    study, windows = study_of(later), gather([later])
+    again = Transformer.fit(study, windows, SMALL, start=member)
+    assert np.array_equal(again.centre, member.centre) and np.array_equal(again.scale, member.scale)
+    losses = [b for _, b in again.losses]
+    assert len(losses) > 1 and min(losses) <= losses[0], "the first is that of the weights it began with"
+    still = Transformer.fit(study, windows, dataclasses.replace(SMALL, rate=1e3, epochs=1, patience=1), start=member)
+    assert all(np.array_equal(still.weights[k], member.weights[k]) for k in member.weights), "a step that ruins them is not kept"
+    other = Transformer.fit(study, windows, dataclasses.replace(SMALL, width=8, epochs=1), start=member)
+    assert other.weights["join.q"].shape == (8, 8)
+
+
 def score(me: Transformer, block: Block, study: Study, h: int):
     """Out of sample, by horizon: log-loss of the votes and of the class shares; the truth and the votes."""
     truth = study_of(block)
