@@ -87,6 +87,7 @@ class Page:
         self.parts: list[str] = []
         self.links: list[tuple[str, str]] = []
         self.tables: dict[str, list[dict[str, Any]]] = {}
+        self.files: dict[str, str] = {}  # further files of the folder
         self._figures = 0
 
     def add(self, html: str) -> None:

@@ -3,7 +3,7 @@
 :func:`write_report` is called once a run has written its output folder; :func:`render` makes the page again from the folder alone, and so
 does ``python -m cift_strategies.report OUT [--png FILE] [--pdf FILE]``. finished.py reads the folder; performance.py, shortfall.py,
 attribution.py, resampling.py, capacity.py and forecasts.py have the statistics, the charts the panels, the sections the text, page.html the
-look. The figures of all tables go to `statistics.json`, and in long form to `statistics.parquet`.
+look. The figures of all tables go to `statistics.json`, and in long form to `statistics.parquet`, the configuration to `config.toml`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def render(out: Path) -> Path:
 
 
 def _keep(page: Page, out: Path) -> None:
-    """The tables as JSON, and as one Parquet table: table, row, column, and the value as a number or as text."""
+    """The tables as JSON, and as one Parquet table: table, row, column, and the value as a number or as text; the configuration."""
+    for name, text in page.files.items():
+        (out / name).write_text(text, encoding="utf-8")
     tables = plain(page.tables)
     write_json(out / "statistics.json", tables)
     cells = [(name, i, column, value) for name, rows in tables.items() for i, row in enumerate(rows) for column, value in row.items()]

@@ -177,12 +177,30 @@ def command_of(config: Mapping[str, Any]) -> str:
     said = ["python", "-m", "uv", "run", "run_backtest.py"]
     for path in config.get("dbn") or ():
         said += ["--dbn", str(path)]
-    if config.get("symbols"):
-        said += ["--symbols", ",".join(config["symbols"])]
-    for name in ("catalog", "instruments", "start", "end", "train_fraction", "artifacts", "latency_ms", "device", "seed"):
+    for name in ("polygon", "symbols"):
+        if config.get(name):
+            said += [f"--{name}", ",".join(config[name])]
+    if config.get("databento"):
+        said += ["--databento", str(config["databento"]), "--schema", str(config.get("record_schema", "mbo"))]
+    for name in (
+        "catalog", "instruments", "start", "end", "train_fraction", "artifacts", "altdata", "latency_ms", "device", "seed",
+    ):  # fmt: skip
         if config.get(name) not in (None, "auto"):
             said += [f"--{name.replace('_', '-')}", str(config[name])]
     return shlex.join(said)
+
+
+def toml(values: Mapping[str, Any], path: str = "") -> str:
+    """Settings as TOML; what is None is left out. Strings, numbers and lists are written in JSON's way, which is TOML's too."""
+    plain, tables = [], []
+    for name, v in values.items():
+        key = json.dumps(name)
+        if isinstance(v, Mapping):
+            inner = f"{path}.{key}" if path else key
+            tables.append(f"\n[{inner}]\n{toml(v, inner)}")
+        elif v is not None:
+            plain.append(f"{key} = {json.dumps(v)}\n")
+    return "".join(plain + tables)
 
 
 def again(page: Page, done: Finished) -> None:
@@ -196,7 +214,12 @@ def again(page: Page, done: Finished) -> None:
         ("feature vectors", count(s.get("feature_vectors"))),
         ("errors in callbacks", count(s.get("callback_errors"))),
     ]
-    command = f"<pre>{escape(command_of(config))}</pre>"
+    live = bool(s.get("live"))
+    script = "run_live.py" if live else "run_backtest.py"
+    page.files["config.toml"] = toml({("schema" if k == "record_schema" else k): v for k, v in config.items() if k not in ("out", "state")})
+    every = f"python -m uv run {script} --config OUT/config.toml"
+    command = f"<pre>{escape(every if live else command_of(config))}</pre>"
+    command += "" if live else f"<p>or, with every setting as it was: <code>{every}</code></p>"
     settings = f"<details><summary>configuration</summary><pre>{escape(json.dumps(config, indent=2))}</pre></details>"
     page.section("again", HEADS["again"], command, table([], rows, kind="plain"), settings)
 

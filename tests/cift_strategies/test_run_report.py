@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cift_strategies import attribution, forecasts, report
+from cift_strategies import attribution, forecasts, report, sections
 from cift_strategies.finished import HORIZONS, Finished, tell_trials
 
 TICK = 0.01
@@ -143,7 +143,8 @@ def test_buy_and_hold_earns_the_move_of_every_mid_less_what_the_run_pays(small: 
 def test_confusion_and_agreement_are_counted_from_the_predictions(small: Any, done: Finished) -> None:
     edges, h, j = small.result.summary["thresholds"], "1s", 1
     rows = _rows(small, "predictions", ["instrument", f"p_down_{h}", f"p_flat_{h}", f"p_up_{h}", f"move_{h}", "votes"])
-    n, agreed = np.zeros((3, 3), int), {}
+    n = np.zeros((3, 3), int)
+    agreed: dict[int, list[float]] = {}
     for r in rows:
         move, p = r[f"move_{h}"], [r[f"p_{k}_{h}"] for k in ("down", "flat", "up")]
         if move is None or not np.isfinite(move):
@@ -197,8 +198,8 @@ def test_the_tables_of_the_page_lie_beside_it_as_json_and_as_parquet(small: Any,
     assert {"OFI rule", "buy and hold"} <= performance.keys()
     assert sum(r["money"] for r in told["shortfall"][:-1]) == pytest.approx(told["shortfall"][-1]["money"])
     assert told["sharpe"][0]["deflated"] == pytest.approx(done.sharpe[1].deflated, nan_ok=True)
-    named = {"by_instrument", "by_regime", "by_hour", "by_horizon", "by_side", "by_member", "bootstrap", "trade_order", "capacity",
-             "exposure", "calibration", "confusion", "drift", "lead_lag", "agreement", "latency", "slippage", "orders", "scores"}  # fmt: skip
+    named = {"by_instrument", "by_regime", "by_hour", "by_horizon", "by_side", "by_member", "bootstrap", "trade_order", "capacity"}
+    named |= {"exposure", "calibration", "confusion", "drift", "lead_lag", "agreement", "latency", "slippage", "orders", "scores"}
     assert named <= told.keys()
     long = pq.read_table(small.out / "statistics.parquet").to_pylist()
     assert len(long) == sum(len(row) for rows in told.values() for row in rows)
@@ -234,6 +235,17 @@ def test_a_run_again_at_its_own_latency_is_the_same_run(small: Any, tmp_path: Pa
     assert [r["pnl_net"] for r in rows if r["how"] == "run again"] == [r["pnl_net"] for r in found]
 
 
+def test_the_settings_beside_the_page_are_those_of_the_run(small: Any, done: Finished) -> None:
+    import tomllib
+
+    from cift_strategies.backtest import RunConfig
+
+    told = RunConfig.model_validate(tomllib.loads((small.out / "config.toml").read_text()))
+    assert told.model_dump(mode="json") == {**done.facts["config"], "out": None}
+    config = {"a": 'x"\n\\', "b": {"c.d": [1, 2.5, True], "e": {}, "f": None}, "g": -1e-9}
+    assert tomllib.loads(sections.toml(config)) == {"a": 'x"\n\\', "b": {"c.d": [1, 2.5, True], "e": {}}, "g": -1e-9}
+
+
 @pytest.mark.parametrize("text", ["", "1,x", "-1", "1e9"])
 def test_latencies_that_are_none_are_refused(text: str) -> None:
     from catalog.errors import InputError
@@ -247,3 +259,37 @@ def test_horizons_are_named_once() -> None:
     from cift_strategies.outcome import HORIZON_LABELS
 
     assert HORIZONS == HORIZON_LABELS
+
+
+def test_residuals_of_the_right_process_pass_and_those_of_a_wrong_one_do_not(small: Any) -> None:
+    """Trades of two instruments come as a Poisson process at the rate that the first one's model expects and at thrice the second's."""
+    from catalog.events import EVENT
+    from cift_models.diagnostics import Diagnostics
+    from cift_models.features import NAMES
+    from cift_models.hawkes import Hawkes
+    from cift_models.hawkes_process import Config
+    from cift_models.inference import Engine
+    from cift_models.windows import Block
+
+    instruments, rng, rate, n = small.result.instruments, np.random.default_rng(11), 20.0, 4_000
+    ids = [x.id for x in instruments]
+    model = Hawkes.untrained(tuple(ids), Config(types=("buy", "sell"), decays=1, bins=1))
+    model.arrays["mu"][0], model.arrays["mu"][1] = rate / 2, rate / 6
+    model.arrays["beta"][:], model.arrays["fitted"][:] = 1.0, True
+    members: list[Any] = [model]
+    engine = Engine(instruments, ids, NAMES, members, Engine.load(small.artifact, instruments).ensemble)
+    events = np.zeros(2 * n, EVENT)
+    events["ts_init"] = events["ts_event"] = 10**18 + np.sort((rng.random(2 * n) * n / rate * 1e9).astype(np.int64))
+    events["instrument"], events["side"] = rng.permutation(np.repeat([0, 1], n)), rng.choice(np.array([-1, 1], np.int8), 2 * n)
+    events["action"], events["size"], events["price"] = ord("T"), 10**9, 10**11
+    watched = Diagnostics(engine, small.artifact, instruments)
+    for piece in np.array_split(events, 7):
+        watched.push(Block(piece, np.zeros((len(piece), len(NAMES))), np.zeros(0, np.int64)), np.zeros(0, np.int64))
+    told = watched.told()
+    assert told["market"][ids[0]] == {"volume": n, "trades": n}
+    right, wrong = (told["hawkes"][i]["buy"] for i in ids)
+    assert right["ks_p"] > 0.001 and right["ljung_box_p"] > 0.001
+    assert wrong["ks"] > 0.2 and wrong["ks_p"] < 1e-6
+    assert right["events"] + told["hawkes"][ids[0]]["sell"]["events"] == pytest.approx(n, abs=4)
+    waits = np.diff(events["ts_init"][(events["instrument"] == 0) & (events["side"] > 0)]) / 1e9 * rate / 2
+    assert np.array(right["qq"])[:, 1] == pytest.approx(np.quantile(waits, 0.02 + 0.04 * np.arange(25)), rel=0.02), "rescaled by the rate"
