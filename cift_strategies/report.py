@@ -51,7 +51,8 @@ def render(out: Path) -> Path:
     for section in SECTIONS:
         section(page, done)
     names = list(done.facts["instruments"])
-    title = escape(f"Backtest of {', '.join(names) if len(names) <= 4 else f'{len(names)} instruments'}")
+    kind = "Live session" if done.summary.get("live") else "Backtest"
+    title = escape(f"{kind} of {', '.join(names) if len(names) <= 4 else f'{len(names)} instruments'}")
     start, end = done.traded_span
     traded = f"traded {instant(start)} to {instant(end)} UTC \u00b7 source: {done.summary.get('source', DASH)}"
     text = Template(PAGE.read_text(encoding="utf-8")).substitute(
