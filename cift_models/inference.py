@@ -213,6 +213,11 @@ class Engine:
         """The members of these names abstain from now on."""
         self._present = [(i, m) for i, m in self._present if m.name not in names]
 
+    @property
+    def present(self) -> list[Any]:
+        """The members that take part."""
+        return [m for _, m in self._present]
+
     def _named(self) -> list[tuple[str, Member]]:
         return [(m.name, m) for _, m in self._present]
 

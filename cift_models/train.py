@@ -29,7 +29,7 @@ from catalog.asof import Lookup, lookup
 from catalog.errors import InputError
 from catalog.events import Instrument, catalog_counts, catalog_range, read_catalog
 from catalog.progress import Steps
-from cift_models import artifacts, settings
+from cift_models import artifacts, drift, settings
 from cift_models.baselines import Baselines, level1_columns
 from cift_models.ensemble import Config as EnsembleConfig
 from cift_models.ensemble import Ensemble, Member, available, learning_rates, member_class
@@ -344,6 +344,7 @@ class Fold:
         }
         kept.ensemble.save(part)
         baselines.save(part)
+        drift.Reference.of(g.table.rows, g.table.instrument, len(ids)).save(part)
         np.savez(part / "labels.npz", balanced=what.thresholds.balanced, spread=what.thresholds.spread)
         (part / TOLD).write_text(json.dumps(plain(told), allow_nan=False))
 

@@ -89,7 +89,7 @@ def equity_figure(curves: Mapping[str, tuple[I64, F]], currency: str) -> Figure 
         return None
     data = []
     for i, (name, (ts, pnl)) in enumerate(drawn.items()):
-        look = {"width": 2.2 if i == 0 else 1.5, "dash": "solid" if i == 0 else "dash", "shape": "hv"}
+        look = {"width": 2.2 if i == 0 else 1.5, "dash": ("solid", "dash", "dot")[i % 3], "shape": "hv"}
         data.append(line(when(ts), pnl, name, SERIES[i], hovertemplate="%{y:,.2f}", **look))
         under = {"fill": "tozeroy", "fillcolor": "var(--down-soft)"} if i == 0 else {}
         colour = "var(--down)" if i == 0 else SERIES[i]
@@ -151,12 +151,12 @@ def price_figure(
             })  # fmt: skip
     change, regime = ribbon
     if len(change):
-        data.append(_ribbon(change, regime, names, span))
+        data.append(ribbon_of(change, regime, names, span))
     drawn = [(t / 1e6, text) for t, text in rolls if span[0] <= t <= span[1]]
     upright = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": {"color": "var(--muted)", "width": 1, "dash": "dot"}}
     label = {"yref": "paper", "y": 1, "xanchor": "left", "yanchor": "top", "showarrow": False}
     shapes = [upright | {"x0": x, "x1": x} for x, _ in drawn]
-    marked: dict[str, Any] = {"shapes": shapes, "annotations": [label | {"x": x, "text": escape(t)} for x, t in drawn]} if drawn else {}
+    drawn_on: dict[str, Any] = {"shapes": shapes, "annotations": [label | {"x": x, "text": escape(t)} for x, t in drawn]} if drawn else {}
     return {
         "data": data,
         "layout": layout(
@@ -165,7 +165,7 @@ def price_figure(
             xaxis=axis("UTC", type="date", anchor="y2" if len(change) else "y", range=[span[0] / 1e6, span[1] / 1e6]),
             yaxis=axis("price", domain=[0.1 if len(change) else 0, 1], tickformat=form),
             yaxis2=axis(domain=[0, 0.055], showticklabels=False, showgrid=False, fixedrange=True),
-            **marked,
+            **drawn_on,
         ),
     }
 
@@ -178,7 +178,8 @@ def regime_colour(i: int, name: str) -> str:
     return next((f"var({css})" for word, css in words.items() if word in name.lower()), SERIES[i % len(SERIES)])
 
 
-def _ribbon(change: I64, regime: F, names: Sequence[str], span: tuple[int, int]) -> dict[str, Any]:
+def ribbon_of(change: I64, regime: F, names: Sequence[str], span: tuple[int, int]) -> dict[str, Any]:
+    """The regimes over `span` (ns) as coloured cells, from the times of change and the regimes from there on."""
     edges = np.linspace(span[0], span[1], RIBBON + 1)
     i = np.searchsorted(change, (edges[:-1] + edges[1:]) / 2, side="right") - 1
     cell = np.where(i >= 0, regime[np.maximum(i, 0)], -1).astype(int)
@@ -206,7 +207,7 @@ def cost_figures(cost: Costs, rule: Costs | None, currency: str) -> tuple[Figure
         marks.append(upright(zero, f"break-even {zero:.2f}x", "var(--accent)", side="right" if zero > 2 or 0.6 < zero < 1 else "left"))
         marks[-1][1]["y"] = 0.86
     pnl = axis(f"net PnL ({escape(currency)})", tickformat=",~r", zeroline=True)
-    scaled = _marked(data, marks, xaxis=axis("costs charged, multiple", ticksuffix="x", range=[0, 3]), yaxis=pnl)
+    scaled = marked(data, marks, xaxis=axis("costs charged, multiple", ticksuffix="x", range=[0, 3]), yaxis=pnl)
     spent = cost.paid_ticks if cost.units > 0 else 1.0
     even = [c.break_even_ticks for c in (cost, rule) if c is not None and np.isfinite(c.break_even_ticks)]
     c = np.linspace(0, 1.15 * max([1.0, 2 * abs(spent), *even]), 61)
@@ -218,10 +219,11 @@ def cost_figures(cost: Costs, rule: Costs | None, currency: str) -> tuple[Figure
         b = cost.break_even_ticks
         marks.append(upright(b, f"break-even {b:.2f}", "var(--accent)", side="right" if b > c[-1] * 0.6 or b < spent else "left"))
         marks[-1][1]["y"] = 0.86
-    return scaled, _marked(data, marks, xaxis=axis("cost per unit, there and back (ticks)", range=[0, c[-1]]), yaxis=pnl)
+    return scaled, marked(data, marks, xaxis=axis("cost per unit, there and back (ticks)", range=[0, c[-1]]), yaxis=pnl)
 
 
-def _marked(data: list[Any], marks: Sequence[tuple[dict[str, Any], dict[str, Any]]], height: int = 330, **axes: Any) -> Figure:
+def marked(data: list[Any], marks: Sequence[tuple[dict[str, Any], dict[str, Any]]], height: int = 330, **axes: Any) -> Figure:
+    """A figure with uprights and their labels, and axes."""
     shapes, labels = [m[0] for m in marks], [m[1] for m in marks]
     return {"data": data, "layout": layout(height, shapes=shapes, annotations=labels, **axes)}
 
@@ -236,7 +238,7 @@ def delay_figure(delays: I64, curves: Mapping[str, tuple[F, F, F]]) -> Figure | 
             data.append(line(packed(x), mean, name, SERIES[i % 5], hovertemplate="%{y:.3f} ticks", mode="lines+markers"))
     if not data:
         return None
-    return _marked(data, [], xaxis=_time_axis(x, "time since the decision"), yaxis=axis("signed mid move (ticks)", zeroline=True))
+    return marked(data, [], xaxis=_time_axis(x, "time since the decision"), yaxis=axis("signed mid move (ticks)", zeroline=True))
 
 
 def late_figure(delays: I64, horizons: Mapping[str, tuple[F, F, F]], paid: float, typical_ns: float) -> Figure | None:
@@ -257,18 +259,7 @@ def late_figure(delays: I64, horizons: Mapping[str, tuple[F, F, F]], paid: float
     if np.isfinite(typical_ns) and x[0] <= typical_ns / 1e6 <= x[-1]:
         shape, label = upright(typical_ns / 1e6, "p50 latency", "var(--muted)")
         marks = [(shape, {**label, "x": float(np.log10(typical_ns / 1e6))})]  # annotations take the logarithm, shapes do not
-    return _marked(data, marks, xaxis=_time_axis(x, "delay of the decision"), yaxis=axis("move left (ticks)", zeroline=True))
-
-
-def rerun_figure(points: Sequence[Mapping[str, float]], currency: str) -> Figure | None:
-    """Net PnL of whole backtests run again, each at its own decision latency."""
-    if not points:
-        return None
-    order = sorted(points, key=lambda p: p["latency_ms"])
-    x, y = [p["latency_ms"] for p in order], [p["pnl_net"] for p in order]
-    trace = line(packed(x), y, "net PnL", SERIES[0], mode="lines+markers", hovertemplate="%{y:,.2f}")
-    pnl = axis(f"net PnL ({escape(currency)})", zeroline=True, tickformat=",~r")
-    return _marked([trace], [], xaxis=axis("decision latency (ms)"), yaxis=pnl)
+    return marked(data, marks, xaxis=_time_axis(x, "delay of the decision"), yaxis=axis("move left (ticks)", zeroline=True))
 
 
 def _time_axis(ms: F, title: str) -> dict[str, Any]:
@@ -335,7 +326,7 @@ def latency_figure(ms: F, p50: float, p99: float) -> Figure | None:
             marks.append((shape, {**label, "x": float(np.log10(v)), "y": 0.98 if side == "right" else 0.86}))
     ticks = [m * 10.0**e for e in range(-4, 6) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
     x = axis("event to decision (ms)", type="log", tickvals=ticks, ticktext=[f"{v:g}" for v in ticks])
-    return _marked([bars], marks, hovermode="closest", bargap=0, xaxis=x, yaxis=axis("share of decisions", tickformat=".0~%"))
+    return marked([bars], marks, hovermode="closest", bargap=0, xaxis=x, yaxis=axis("share of decisions", tickformat=".0~%"))
 
 
 def slippage_figure(fills: Fills) -> Figure | None:
@@ -354,7 +345,7 @@ def slippage_figure(fills: Fills) -> Figure | None:
     mean = float(paid[ok].mean())
     marks = [upright(mean, f"mean {mean:.2f}", "var(--accent)")]
     x = axis("slippage against the mid (ticks)", zeroline=True)
-    return _marked(data, marks, xaxis=x, yaxis=axis("fills"), barmode="stack", bargap=0.06, hovermode="closest")
+    return marked(data, marks, xaxis=x, yaxis=axis("fills"), barmode="stack", bargap=0.06, hovermode="closest")
 
 
 def gain_figure(rows: Sequence[tuple[str, str, float, float, float, bool]]) -> Figure | None:
@@ -389,7 +380,7 @@ def weight_figure(regimes: Sequence[str], members: Sequence[str], weights: F) ->
         "texttemplate": "%{z:.2f}", "textfont": {"color": "var(--ink)"}, "hovertemplate": "%{y}, %{x}: %{z:.3f}<extra></extra>",
     }  # fmt: skip
     x, y = axis(side="top", showgrid=False, zeroline=False), axis(autorange="reversed", showgrid=False, zeroline=False)
-    fig = _marked([trace], [], 60 + 40 * len(weights), hovermode="closest", xaxis=x, yaxis=y)
+    fig = marked([trace], [], 60 + 40 * len(weights), hovermode="closest", xaxis=x, yaxis=y)
     fig["layout"]["margin"]["t"] = 6
     return fig
 
@@ -404,4 +395,4 @@ def regret_figure(labels: Sequence[str], regret: F, bound: F) -> Figure | None:
     ends = {"type": "scatter", "mode": "markers", "y": y, "x": packed(bound), "name": "bound", "marker": mark}
     data = [{**trace, "hovertemplate": "%{x:,.2f} nats"} for trace in (bars, ends)]
     rows = axis(autorange="reversed", type="category")
-    return _marked(data, [], 90 + 26 * len(y), xaxis=axis("nats", zeroline=True), yaxis=rows, hovermode="closest", bargap=0.35)
+    return marked(data, [], 90 + 26 * len(y), xaxis=axis("nats", zeroline=True), yaxis=rows, hovermode="closest", bargap=0.35)

@@ -1,8 +1,8 @@
 """A finished run as it lies in its output folder: what the report stores there and reads back.
 
 :func:`store` adds `charts.parquet` (curves, sampled latencies and, as JSON in the schema, the facts that no other file holds) to the
-`summary.json`, `fills.parquet`, `positions.parquet` and `predictions.parquet` of a run. :class:`Finished` gives the columns of all five
-and the statistics made from them; memory stays bounded however long the run was.
+`summary.json`, `fills.parquet`, `positions.parquet` and `predictions.parquet` of a run, and `orders.parquet`, the order events.
+:class:`Finished` gives the columns of all and the statistics made from them; memory stays bounded however long the run was.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from catalog.errors import InputError
 from catalog.events import SCALE
 from cift_models.windows import HORIZONS_NS
+from cift_strategies.execution import Execution
 from cift_strategies.performance import (
     I64,
     Costs,
@@ -37,7 +38,7 @@ from cift_strategies.performance import (
     reliability,
     step_of,
 )
-from cift_strategies.results import plain
+from cift_strategies.results import ORDERS, columns_of, plain, write_json
 
 if TYPE_CHECKING:
     from cift_strategies.outcome import RunResult
@@ -47,6 +48,8 @@ Curve = tuple[I64, F]
 Interval = tuple[F, F, F]  # mean, low, high
 
 CHARTS: Final = "charts.parquet"
+ORDER_LOG: Final = "orders.parquet"
+RERUNS: Final = "latency.json"
 HORIZONS: Final = ("500ms", "1s", "5s", "30s")  # of HORIZONS_NS, as columns and scores name them
 MOST_DECISIONS: Final = 400_000  # rows of predictions.parquet that are read; of more, STRETCHES evenly spaced parts
 STRETCHES: Final = 20
@@ -64,7 +67,8 @@ def store(run: RunResult, out: Path) -> None:
     latency = np.asarray(run.decision_latency_ms, np.float64)
     curves.append(("latency", "", (np.zeros(len(latency), np.int64), latency)))
     facts: dict[str, Any] = {
-        "instruments": {i.id: {"tick": i.tick / SCALE, "decimals": i.price_precision, "currency": i.currency} for i in run.instruments},
+        "instruments": {i.id: {"tick": i.tick / SCALE, "decimals": i.price_precision, "currency": i.currency, "multiplier": i.multiplier}
+                        for i in run.instruments},
         "span": [int(run.start_ns), int(run.end_ns)],
         "split": int(run.split_ns),
         "regime_names": list(run.regime_names),
@@ -76,10 +80,12 @@ def store(run: RunResult, out: Path) -> None:
         pnl = run.rule.summary["pnl_net"]
         if not isinstance(pnl, Mapping):
             ticks = {i.id: i.tick / SCALE for i in run.instruments}
-            facts["rule_costs"] = costs(_fills(_columns(run.rule.fills), ticks), float(pnl))._asdict()
+            facts["rule_costs"] = costs(_fills(columns_of(run.rule.fills), ticks), float(pnl))._asdict()
     table = pa.concat_tables([_part(chart, key, *curve) for chart, key, curve in curves])
     table = table.replace_schema_metadata({b"cift": json.dumps(plain(facts)).encode()})
     pq.write_table(table, out / CHARTS)
+    if run.traded.orders is not None:
+        pq.write_table(run.traded.orders, out / ORDER_LOG, compression="zstd")
 
 
 def _part(chart: str, key: str, ts: I64, value: F) -> pa.Table:
@@ -104,13 +110,6 @@ def _nautilus(result: Any) -> dict[str, Any]:
 def instant(ns: int) -> str:
     """A time to the second, UTC."""
     return str(np.datetime64(int(ns), "ns").astype("datetime64[s]")).replace("T", " ")
-
-
-def _columns(table: pa.Table) -> Columns:
-    """Columns as numpy: text as object arrays, times as ns, nulls of numbers as NaN."""
-    plain_text = [c.cast(c.type.value_type) if pa.types.is_dictionary(c.type) else c for c in table.columns]
-    stamps = [c.cast(pa.int64()) if pa.types.is_timestamp(c.type) else c for c in plain_text]
-    return dict(zip(table.column_names, (c.to_numpy() for c in stamps)))
 
 
 def _fills(c: Columns, ticks: Mapping[str, float]) -> Fills:
@@ -142,6 +141,8 @@ class Finished:
     curves: Mapping[tuple[str, str], Curve]
     fills: Fills
     positions: Columns
+    orders: Columns  # as results.ORDERS; no rows where they were not kept
+    more: Columns  # of the fills, in their order: order (running number), maker
 
     @classmethod
     def read(cls, folder: Path) -> Finished:
@@ -155,15 +156,18 @@ class Finished:
             summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
             stored = pq.read_table(folder / CHARTS)
             facts = json.loads(stored.schema.metadata[b"cift"])
-            fills, positions = (_columns(pq.read_table(folder / name)) for name in need[1:3])
+            fills, positions = (columns_of(pq.read_table(folder / name)) for name in need[1:3])
         except (ValueError, KeyError, TypeError, pa.ArrowException) as e:
             raise InputError(f"{folder}: a file of the finished run cannot be read ({e}); run the backtest again") from e
-        c = _columns(stored)
+        c = columns_of(stored)
         new = (c["chart"][1:] != c["chart"][:-1]) | (c["key"][1:] != c["key"][:-1])
         cut = np.r_[0, np.flatnonzero(new) + 1, stored.num_rows]
         curves = {(c["chart"][a], c["key"][a]): (c["ts"][a:b], c["value"][a:b]) for a, b in pairwise(cut) if b > a}
         ticks = {name: i["tick"] for name, i in facts["instruments"].items()}
-        return cls(folder, summary, facts, curves, _fills(fills, ticks), positions)
+        order = np.argsort(fills["ts"], kind="stable")
+        more = {"order": np.asarray(fills["order"], np.int64)[order], "maker": (fills["liquidity"] == "maker")[order]}
+        log = columns_of(pq.read_table(folder / ORDER_LOG)) if (folder / ORDER_LOG).is_file() else {n: np.zeros(0) for n in ORDERS.names}
+        return cls(folder, summary, facts, curves, _fills(fills, ticks), positions, log, more)
 
     def curve(self, chart: str, key: str = "") -> Curve:
         return self.curves.get((chart, key), (np.zeros(0, np.int64), np.zeros(0)))
@@ -222,16 +226,23 @@ class Finished:
         return min((int(ts[0]) for ts in priced if len(ts)), default=split), int(end)
 
     @cached_property
-    def sharpe(self) -> tuple[str, Sharpe]:
-        """Name of the clock's step and the deflated Sharpe ratio of the equity's change per step."""
+    def steps(self) -> tuple[str, F]:
+        """Name of the clock's step and the equity's change per step."""
         ts, pnl = self.equity("ensemble")
         start, end = self.traded_span
         name, step = step_of(start, end)
         grid = np.arange(start, end + 1, step)
         i = np.searchsorted(ts, grid, side="right") - 1
-        level = np.where(i >= 0, pnl[np.maximum(i, 0)], 0.0)
-        trials, ratios = int(self.summary.get("trials") or 1), self.summary.get("trial_ratios") or ()
-        return name, deflated_sharpe(np.diff(level), trials, ratios)
+        return name, np.diff(np.where(i >= 0, pnl[np.maximum(i, 0)], 0.0))
+
+    @cached_property
+    def sharpe(self) -> tuple[str, Sharpe]:
+        """Name of the clock's step and the deflated Sharpe ratio of the equity's change per step. What a sweep knows of the trials
+        stands in the summary, see :func:`tell_trials`."""
+        name, changes = self.steps
+        s = self.summary
+        trials, ratios, variance = int(s.get("trials") or 1), s.get("trial_ratios") or (), s.get("trial_variance")
+        return name, deflated_sharpe(changes, trials, ratios, None if variance is None else float(variance))
 
     @cached_property
     def regime_seconds(self) -> F:
@@ -260,22 +271,46 @@ class Finished:
         keep = [(r, np.isfinite(paid) & ((self.fills.role == r) if r is not None else True)) for r in roles]
         return [(r or "all", int(k.sum()), float(paid[k].mean()), float(money[k].sum())) for r, k in keep if k.any()]
 
+    def multiplier(self, instrument: str) -> float:
+        """Currency per price unit and 1.0 of size."""
+        told = self.facts["instruments"].get(instrument, {}).get("multiplier")
+        return 1.0 if told is None else float(told)
+
     @cached_property
-    def _stored(self) -> set[str]:
+    def members(self) -> list[str]:
+        """In the order of the votes, those included that were not there."""
+        return [str(m) for m in (self.summary.get("regret") or {}).get("members", ())]
+
+    @cached_property
+    def execution(self) -> Execution:
+        """How decisions became fills."""
+        return Execution(self)
+
+    @cached_property
+    def reruns(self) -> list[dict[str, Any]]:
+        """Whole backtests at other latencies, where they were asked for; see latency.py."""
+        place = self.folder / RERUNS
+        return list(json.loads(place.read_text(encoding="utf-8"))) if place.is_file() else []
+
+    @cached_property
+    def stored(self) -> set[str]:
+        """Names of the columns of predictions.parquet."""
         return set(pq.read_schema(self.folder / "predictions.parquet").names)
 
+    def parts(self, f: pq.ParquetFile) -> list[list[int]]:
+        """Row groups of predictions.parquet that are read together: all of them, or STRETCHES evenly spaced parts, MOST_DECISIONS rows."""
+        rows = np.array([f.metadata.row_group(i).num_rows for i in range(f.metadata.num_row_groups)], np.int64)
+        if rows.sum() <= MOST_DECISIONS:
+            return [list(range(len(rows)))] if rows.sum() else []
+        starts = np.unique(np.linspace(0, len(rows), STRETCHES, endpoint=False).astype(int))
+        each, ends = MOST_DECISIONS // STRETCHES, np.append(starts[1:], len(rows))
+        return [list(range(a, min(b, a + max(1, int(np.searchsorted(rows[a:b].cumsum(), each)))))) for a, b in zip(starts, ends)]
+
     def _stretches(self, columns: Sequence[str]) -> Iterator[Columns]:
-        """Consecutive rows of predictions.parquet: all of them, or STRETCHES evenly spaced parts, MOST_DECISIONS rows together."""
+        """Consecutive rows of predictions.parquet, see :meth:`parts`."""
         with pq.ParquetFile(self.folder / "predictions.parquet") as f:
-            rows = np.array([f.metadata.row_group(i).num_rows for i in range(f.metadata.num_row_groups)], np.int64)
-            if rows.sum() <= MOST_DECISIONS:
-                parts = [list(range(len(rows)))] if rows.sum() else []
-            else:
-                starts = np.unique(np.linspace(0, len(rows), STRETCHES, endpoint=False).astype(int))
-                each, ends = MOST_DECISIONS // STRETCHES, np.append(starts[1:], len(rows))
-                parts = [list(range(a, min(b, a + max(1, int(np.searchsorted(rows[a:b].cumsum(), each)))))) for a, b in zip(starts, ends)]
-            for part in parts:
-                yield _columns(f.read_row_groups(part, columns=list(columns)).slice(0, MOST_DECISIONS))
+            for part in self.parts(f):
+                yield columns_of(f.read_row_groups(part, columns=list(columns)).slice(0, MOST_DECISIONS))
 
     @cached_property
     def unsure(self) -> list[str]:
@@ -301,7 +336,7 @@ class Finished:
         for h in HORIZONS:
             proba, happened = [np.zeros(0)], [np.zeros(0, bool)]
             columns = ["instrument", f"p_down_{h}", f"p_up_{h}", f"move_{h}"]
-            for c in self._stretches(columns) if thresholds and columns[-1] in self._stored else ():
+            for c in self._stretches(columns) if thresholds and columns[-1] in self.stored else ():
                 move = np.asarray(c[f"move_{h}"], np.float64)
                 edge = np.full(len(move), np.nan)
                 for name, by in thresholds.items():
@@ -319,7 +354,7 @@ class Finished:
 
         Kinds: the directional decisions of each horizon, and entries (from the decision's fill on). Ticks, with 95 % intervals.
         """
-        if "mid" not in self._stored:
+        if "mid" not in self.stored:
             return {}, {}
         seen: dict[str, list[tuple[I64, F]]] = {}
         left: dict[str, list[tuple[I64, F]]] = {}
@@ -343,6 +378,15 @@ class Finished:
                 if len(at):
                     seen.setdefault("entries", []).append((f.ts[at], markouts(path, f.ts[at], f.side[at], DELAYS_NS, tick)))
         return _intervals(seen), _intervals(left)
+
+
+def tell_trials(folder: Path, trials: int, ratios: Sequence[float] = (), variance: float | None = None) -> None:
+    """Note in the run's summary how many trials it was chosen from, with their Sharpe ratios per step (`Finished.sharpe[1].ratio` of each)
+    or the variance of these; the page deflates by them once it is made again (:func:`report.render`)."""
+    place = folder / "summary.json"
+    summary = json.loads(place.read_text(encoding="utf-8"))
+    more = {"trials": int(trials), "trial_ratios": [float(r) for r in ratios], "trial_variance": variance}
+    write_json(place, {**summary, **more})
 
 
 def _intervals(found: Mapping[str, Iterable[tuple[I64, F]]]) -> dict[str, Interval]:

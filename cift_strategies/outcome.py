@@ -46,18 +46,20 @@ class Traded:
     equity: F64  # (n,) net PnL since the start in the first currency, open positions at mid
     summary: dict[str, Any]  # orders, fills, fees, pnl_net, max_drawdown, hit_rate, break_even_cost_ticks, decisions {reason: count}, ...
     digest: str
+    orders: pa.Table | None = None  # columns: results.ORDERS
 
     @classmethod
     def by(cls, strategy: EnsembleStrategy) -> Traded:
         """What a strategy has done, once its engine or node has ended."""
-        from cift_strategies.results import FILLS, POSITIONS, figures, table
+        from cift_strategies.results import FILLS, ORDERS, POSITIONS, figures, table
 
         fills, positions = table(strategy.fills, FILLS), table(strategy.positions, POSITIONS)
         currency = strategy.ledger.currencies[0]
         equity = [(t, v) for t, c, v in strategy.equity if c == currency]
         equity = equity[:: max(1, -(-len(equity) // EQUITY_POINTS))] + equity[-1:]
         ts, value = np.array([t for t, _ in equity], np.int64), np.array([v for _, v in equity], np.float64)
-        return cls(fills, positions, ts, value, figures(strategy, fills, positions), strategy.digest)
+        orders = table(strategy.order_log, ORDERS)
+        return cls(fills, positions, ts, value, figures(strategy, fills, positions), strategy.digest, orders)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,7 @@ class Scored:
     regret: Mapping[str, Any]
     altdata: Mapping[str, Any]
     importance: Mapping[str, Any]
+    diagnostics: Mapping[str, Any]  # see cift_models.diagnostics
     left_out: Sequence[str]
     members: Sequence[str]
     model_version: str
@@ -122,6 +125,7 @@ class Outcomes:
     ) -> None:
         from cift_models import artifacts
         from cift_models.baselines import Baselines
+        from cift_models.diagnostics import Diagnostics
         from cift_models.features import NAMES
         from cift_models.validate import Sample
         from cift_models.windows import HORIZONS_NS
@@ -134,6 +138,7 @@ class Outcomes:
         self._left_out = manifest["folds"][-1]["left_out"] if manifest["folds"] else []
         self._sample = Sample(self._instruments, NAMES, len(engine.members), self._baselines.columns, since=since)
         self._members = list(engine.members)
+        self._diagnostics = Diagnostics(engine, artifact, instruments, since)
         place = folder / "predictions.parquet"
         self._writer = PredictionWriter(place, self._instruments, HORIZON_LABELS, HORIZONS_NS, self._mid, seed, since)
         self._mids = MidPath(len(self._instruments))
@@ -145,6 +150,7 @@ class Outcomes:
             return  # another artifact with other members has been swapped in
         self._sample.push(block, p)
         self._writer.push(block, p, latency)
+        self._diagnostics.push(block, p.ts)
         new = p.ts >= self._since
         self._mids.push(p.ts[new], p.instrument[new], block.rows[block.closes[new], self._mid])
         if len(block.events):
@@ -164,9 +170,9 @@ class Outcomes:
         regret = {**engine.regret(), "weights": engine.learned.weights.tolist(), "horizons": list(HORIZON_LABELS)}
         altdata = {} if engine.altdata is None else engine.altdata.told(self._first, self._last)
         return Scored(
-            got, self._threshold, scores, regret, altdata, engine.importance(), self._left_out, self._members, engine.model_version,
-            engine.device, self._writer.count, self._writer.latencies / 1e6, [self._mids.result(k) for k in range(len(ids))],
-            self._writer.regimes, self._first, self._last,
+            got, self._threshold, scores, regret, altdata, engine.importance(), self._diagnostics.told(), self._left_out, self._members,
+            engine.model_version, engine.device, self._writer.count, self._writer.latencies / 1e6,
+            [self._mids.result(k) for k in range(len(ids))], self._writer.regimes, self._first, self._last,
         )  # fmt: skip
 
 
@@ -196,6 +202,7 @@ def write_run(
         "regret": scored.regret,
         "altdata": scored.altdata,
         "importance": scored.importance,
+        "diagnostics": scored.diagnostics,
         "left_out": scored.left_out,
         "data_quality": {},
         "digest": traded.digest,

@@ -51,6 +51,11 @@ def probability(value: float) -> str:
     return DASH if not math.isfinite(value) else "> 0.999" if value > 0.9995 else "< 0.001" if value < 0.0005 else f"{value:.3f}"
 
 
+def real(value: Any) -> float:
+    """NaN for None."""
+    return float("nan") if value is None else float(value)
+
+
 def words(name: Any) -> str:
     return str(name).replace("_", " ")
 
@@ -81,10 +86,16 @@ class Page:
     def __init__(self) -> None:
         self.parts: list[str] = []
         self.links: list[tuple[str, str]] = []
+        self.tables: dict[str, list[dict[str, Any]]] = {}
+        self.files: dict[str, str] = {}  # further files of the folder
         self._figures = 0
 
     def add(self, html: str) -> None:
         self.parts.append(html)
+
+    def keep(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """The figures of a table as they are, for `statistics.json` and `statistics.parquet`."""
+        self.tables[name] = [dict(r) for r in rows]
 
     def section(self, anchor: str, head: tuple[str, str, str], *content: str) -> None:
         """`head`: the link in the page's contents, the title, and what the reader looks at."""

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import kurtosis, norm, skew, t
+from scipy.special import ndtr, ndtri, stdtrit
 
 F = NDArray[np.float64]
 I64 = NDArray[np.int64]
@@ -157,7 +157,7 @@ def block_mean(values: F, ts: I64, blocks: int = 30, level: float = 0.95) -> tup
         k = int((n > 0).sum())
         if k >= 3:
             spread = float(np.sum((total - mean[j] * n) ** 2)) * k / (k - 1)
-            half[j] = t.ppf(0.5 + level / 2, k - 1) * np.sqrt(spread) / n.sum()
+            half[j] = stdtrit(k - 1, 0.5 + level / 2) * np.sqrt(spread) / n.sum()
     return mean, mean - half, mean + half
 
 
@@ -197,19 +197,40 @@ class Sharpe(NamedTuple):
     trials: int
     expected_best: float  # the best ratio that so many trials without skill are expected to show
     deflated: float  # probability that the true ratio is above zero, given the above
+    probabilistic: float = float("nan")  # the same as if this had been the only trial
+    error: float = float("nan")  # standard error of the ratio, skew and kurtosis counted in (Mertens 2002)
+    error_normal: float = float("nan")  # were the returns normal (Lo 2002, equation 9)
+    least: float = float("nan")  # observations after which the probabilistic ratio would reach 0.95; NaN where it never would
 
     @property
     def defined(self) -> bool:
         return bool(np.isfinite(self.deflated))
 
 
-def deflated_sharpe(returns: F, trials: int = 1, trial_ratios: Sequence[float] = ()) -> Sharpe:
+def sharpe_error(ratio: float, n: int, g3: float = 0.0, g4: float = 3.0) -> float:
+    """Standard error of a Sharpe ratio per observation, from `n` independent ones of skew `g3` and kurtosis `g4`.
+
+    sqrt((1 - g3 SR + (g4 - 1) / 4 SR^2) / (n - 1)) (Mertens 2002; Bailey and Lopez de Prado 2012, equation 8); with the skew and
+    kurtosis of the normal distribution Lo's (2002), sqrt((1 + SR^2 / 2) / (n - 1)). NaN where the variance would be negative.
+    """
+    scale = 1 - g3 * ratio + (g4 - 1) / 4 * ratio**2
+    return float(np.sqrt(scale / (n - 1))) if n > 1 and scale > 0 else float("nan")
+
+
+def probabilistic_sharpe(ratio: float, n: int, g3: float = 0.0, g4: float = 3.0, benchmark: float = 0.0) -> float:
+    """P(true ratio > `benchmark`) (Bailey and Lopez de Prado 2012, equation 9); the ratios per observation. NaN without an error."""
+    return float(ndtr((ratio - benchmark) / sharpe_error(ratio, n, g3, g4)))
+
+
+def deflated_sharpe(
+    returns: F, trials: int = 1, trial_ratios: Sequence[float] = (), trial_variance: float | None = None
+) -> Sharpe:
     """Deflated Sharpe ratio of `returns` (n,) after `trials` strategies were tried.
 
     Bailey and Lopez de Prado (2014), equations 1 and 2: the ratio is compared with the best expected of N unskilled trials,
     sqrt(V) ((1 - g) z(1 - 1/N) + g z(1 - 1/(N e))), and its standard error allows for skew and kurtosis. V is the variance of
-    `trial_ratios` where two or more are given, else that of an unskilled ratio, 1 / (n - 1). One trial: the probabilistic Sharpe
-    ratio. NaN where fewer than 3 returns or no variance.
+    `trial_ratios` where two or more are given, else `trial_variance`, else that of an unskilled ratio, 1 / (n - 1); ratios of trials are
+    per observation, as here. One trial: the probabilistic Sharpe ratio. NaN where fewer than 3 returns or no variance.
     """
     r = returns[np.isfinite(returns)]
     n, nan = len(r), float("nan")
@@ -217,14 +238,18 @@ def deflated_sharpe(returns: F, trials: int = 1, trial_ratios: Sequence[float] =
     sd = float(r.std(ddof=1)) if n > 2 else 0.0
     if not sd > 1e-12 * float(np.abs(r).max(initial=0.0)):
         return Sharpe(nan, n, nan, nan, trials, nan, nan)
-    ratio, g3, g4 = float(r.mean()) / sd, float(skew(r)), float(kurtosis(r, fisher=False))
-    variance = float(np.var(trial_ratios, ddof=1)) if len(trial_ratios) > 1 else 1.0 / (n - 1)
+    z = (r - r.mean()) / r.std()
+    ratio, g3, g4 = float(r.mean()) / sd, float((z**3).mean()), float((z**4).mean())
+    variance = 1.0 / (n - 1) if trial_variance is None else trial_variance
+    if len(trial_ratios) > 1:
+        variance = float(np.var(trial_ratios, ddof=1))
     best = 0.0
     if trials > 1:
-        best = np.sqrt(variance) * ((1 - EULER) * norm.ppf(1 - 1 / trials) + EULER * norm.ppf(1 - 1 / (trials * np.e)))
-    scale = 1 - g3 * ratio + (g4 - 1) / 4 * ratio**2
-    deflated = float(norm.cdf((ratio - best) * np.sqrt(n - 1) / np.sqrt(scale))) if scale > 0 else nan
-    return Sharpe(ratio, n, g3, g4, trials, float(best), deflated)
+        best = np.sqrt(variance) * ((1 - EULER) * ndtri(1 - 1 / trials) + EULER * ndtri(1 - 1 / (trials * np.e)))
+    error = sharpe_error(ratio, n, g3, g4)
+    least = 1 + (n - 1) * (ndtri(0.95) * error / ratio) ** 2 if ratio > 0 else nan
+    deflated, alone = (probabilistic_sharpe(ratio, n, g3, g4, b) for b in (best, 0.0))
+    return Sharpe(ratio, n, g3, g4, trials, float(best), deflated, alone, error, sharpe_error(ratio, n), float(least))
 
 
 STEPS_NS: Final = {

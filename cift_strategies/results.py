@@ -45,6 +45,11 @@ POSITIONS: Final = pa.schema([
     ("expected_ticks", pa.float64()), ("cost_ticks", pa.float64()),  # at the decision
     ("closed_by", pa.string()),  # stop, target, horizon, unprotected, ...
 ])  # fmt: skip
+ORDERS: Final = pa.schema([  # an order event each
+    ("ts", _NS), ("instrument", pa.string()), ("order", pa.int32()), ("position", pa.int32()), ("role", pa.string()),
+    ("event", pa.string()),  # Submitted, Accepted, Filled, Rejected, ...: Nautilus's names without "Order"
+    ("mid", pa.float64()), ("spread", pa.float64()),  # when it happened; the spread in ticks
+])  # fmt: skip
 KEPT_LATENCIES: Final = 100_000
 REGIME_CHANGES: Final = 20_000
 
@@ -52,6 +57,13 @@ REGIME_CHANGES: Final = 20_000
 def table(rows: Sequence[Sequence[Any]], schema: pa.Schema) -> pa.Table:
     columns: Sequence[Sequence[Any]] = list(zip(*rows)) if rows else [[] for _ in schema]
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema)], schema=schema)
+
+
+def columns_of(table: pa.Table) -> dict[str, Any]:
+    """Columns as numpy: text as object arrays, times as ns, nulls of numbers as NaN."""
+    plain_text = [c.cast(c.type.value_type) if pa.types.is_dictionary(c.type) else c for c in table.columns]
+    stamps = [c.cast(pa.int64()) if pa.types.is_timestamp(c.type) else c for c in plain_text]
+    return dict(zip(table.column_names, (c.to_numpy() for c in stamps)))
 
 
 @dataclass(slots=True)

@@ -132,6 +132,7 @@ class EnsembleStrategy(Strategy):
         self.recovery: Recovery | None = None  # of an account that goes on
         self.order_types: Counter[str] = Counter()
         self.fills: list[tuple[Any, ...]] = []
+        self.order_log: list[tuple[Any, ...]] = []  # rows of results.ORDERS
         self.positions: list[tuple[Any, ...]] = []
         self.equity: list[tuple[int, str, float]] = []
         self.signals = 0
@@ -457,6 +458,10 @@ class EnsembleStrategy(Strategy):
             self.terms.journal.order(number, role, -1 if trade is None else trade.number, event, self._stamp(event.ts_event))
         if role == "seed":
             return
+        vector, trade = self.last[k], self.trades[k]
+        seen = (math.nan, math.nan) if vector is None else (float(vector.rows[-1, MID]), float(vector.rows[-1, SPREAD]))
+        told = (self._stamp(event.ts_event), self.terms.instruments[k].id, number, -1 if trade is None else trade.number, role)
+        self.order_log.append((*told, kind.removeprefix("Order"), *seen))
         if kind == "OrderFilled":
             self._filled(k, role, number, event)
             if role in ("stop", "target") and (trade := self.trades[k]) is not None and self._working(trade, "entry"):

@@ -670,3 +670,20 @@ def _nautilus_result() -> Any:
     result = engine.get_result()
     assert result.total_orders == 20
     return result
+
+
+def test_the_whole_page_is_printed_as_a_pdf_of_several_sheets(out: Path, tmp_path: Path) -> None:
+    if not any(map(shutil.which, report.BROWSERS)):
+        pytest.skip("no Chromium or Chrome on this machine")
+    pdf = report.print_out((out / "report.html").resolve().as_uri(), tmp_path / "p.pdf").read_bytes()
+    assert pdf[:5] == b"%PDF-" and len(re.findall(rb"/Type\s*/Page\b", pdf)) > 5
+
+
+def test_no_panel_is_empty_without_saying_why(out: Path, tmp_path: Path) -> None:
+    write_run(simulate(steps=400, skill=0.0, trade=False, names=("ESH4.GLBX",)), tmp_path)
+    for folder in (out, tmp_path):
+        text = (folder / "report.html").read_text(encoding="utf-8")
+        boxes = re.findall(r'<div class="empty">(.*?)</div>', text)
+        assert boxes and all(len(b) > 20 and b.endswith((".", ")")) for b in boxes), boxes
+    for fig in parsed(out).figures.values():
+        assert fig["data"], "a chart draws something"
