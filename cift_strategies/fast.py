@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,15 +31,17 @@ from cift_strategies.backtest import Plan, Traded, _traded, blocks, delay
 from cift_strategies.faults import Faults, guarded
 from cift_strategies.feature_actor import FeatureActor, subscribe
 from cift_strategies.inference_actor import Delay, InferenceActor, LookAhead
-from cift_strategies.messages import FEATURES, PREDICTIONS, FeatureVector, Prediction
+from cift_strategies.messages import FEATURES, FeatureVector, Prediction
 from cift_strategies.strategy import EnsembleStrategy
 from cift_strategies.system import Replay, run_backtest, strategy_class
 
 type I64 = NDArray[np.int64]
 
 MESSAGE: Final = np.dtype([
-    ("ts", "i8"), ("mid", "f8"), ("spread", "f8"), ("bid", "i8"), ("ask", "i8"),  # sizes at the touch: told where a batch closes
-    ("closes", "i4"), ("instrument", "i4"),
+    ("ts", "i8"), ("mid", "f8"), ("spread", "f8"),
+    ("bid", "i8"), ("ask", "i8"),  # sizes at the touch when a batch of the instrument closed last
+    ("before", "i8"), ("closes", "i4"),  # batches of the instrument closed before this message, and in it
+    ("instrument", "i4"),
 ])  # fmt: skip
 FLUSH: Final = 100_000  # messages held while recording
 
@@ -51,7 +54,8 @@ class Glance(NamedTuple):
     mid: float
     spread: float
     closes: int  # how many batches close in it
-    touch: tuple[int, int]
+    touch: tuple[int, int]  # as of the last close
+    before: int  # batches of the instrument closed before it
 
     @property
     def rows(self) -> NDArray[np.float64]:
@@ -94,7 +98,8 @@ class _Recorder(DataActor):
     def __init__(self, ahead: LookAhead, raw: _Raw, faults: Faults) -> None:
         super().__init__(DataActorConfig(actor_id=ActorId("CIFT-RECORDER")))
         self.faults, self._ahead, self._raw = faults, ahead, raw
-        self._held: list[tuple[int, float, float, int, int, int, int]] = []
+        self._held: list[tuple[int, float, float, int, int, int, int, int]] = []
+        self._before, self._touch = Counter[int](), dict[int, tuple[int, int]]()
 
     def on_start(self) -> None:
         self.subscribe_topic(FEATURES, self.on_features)
@@ -102,7 +107,11 @@ class _Recorder(DataActor):
     def on_features(self, message: object) -> None:
         v = cast(FeatureVector, message)
         self._ahead.predict(v)
-        self._held.append((v.ts, v.mid, v.spread, *v.touch, len(v.closes), v.instrument))
+        k, closes = v.instrument, len(v.closes)
+        if closes:
+            self._touch[k] = v.touch
+        self._held.append((v.ts, v.mid, v.spread, *self._touch.get(k, (0, 0)), self._before[k], closes, k))
+        self._before[k] += closes
         if len(self._held) == FLUSH:
             self.flush()
 
@@ -146,9 +155,14 @@ def record(p: Plan, engine: Engine, out: Path) -> Path:
             "members": list(engine.members), "latency": {"q": list(engine.latency.q), "ns": list(engine.latency.ns)},
         }  # fmt: skip
         messages = np.memmap(part / "messages.bin", MESSAGE, "r", shape=(raw.told["messages"]["rows"],))
-        np.save(part / "stops.npy", np.flatnonzero(messages["closes"]))
+        instrument, closes = np.fromfile(part / "instrument.bin", np.int64), messages["closes"]
+        message = np.empty(len(instrument), np.int64)
         for k in range(n):
-            np.save(part / f"heard-{k}.npy", np.flatnonzero(messages["instrument"] == k))
+            heard = np.flatnonzero(messages["instrument"] == k)
+            np.save(part / f"heard-{k}.npy", heard)
+            np.save(part / f"of-{k}.npy", np.flatnonzero(instrument == k))
+            message[instrument == k] = np.repeat(heard, closes[heard])
+        np.save(part / "message.npy", message)
         (part / "manifest.json").write_text(json.dumps(told, indent=1) + "\n")
     return out
 
@@ -168,15 +182,16 @@ class Recorded:
         arrays = {name: _mapped(folder / f"{name}.bin", a) for name, a in told["arrays"].items()}
         self.messages: NDArray[Any] = arrays.pop("messages")
         self.predictions = Predictions(**arrays)
-        self.stops: I64 = _loaded(folder / "stops.npy")  # messages in which batches close
         n = len(told["instruments"])
         self.heard: list[I64] = [_loaded(folder / f"heard-{k}.npy") for k in range(n)]  # messages of each instrument
+        self.of: list[I64] = [_loaded(folder / f"of-{k}.npy") for k in range(n)]  # its predictions
+        self.message: I64 = _loaded(folder / "message.npy")  # (m,) in which each prediction's batch closed
         self.model_version: str = told["model_version"]
         self.q, self.ns = tuple(told["latency"]["q"]), tuple(told["latency"]["ns"])
 
     def glance(self, n: int) -> Glance:
-        ts, mid, spread, bid, ask, closes, instrument = self.messages[n].item()
-        return Glance(instrument, ts, mid, spread, closes, (bid, ask))
+        ts, mid, spread, bid, ask, before, closes, instrument = self.messages[n].item()
+        return Glance(instrument, ts, mid, spread, closes, (bid, ask), before)
 
 
 def _mapped(path: Path, told: dict[str, Any]) -> NDArray[Any]:
@@ -205,46 +220,67 @@ class _Last:
         self.at = self.coming
 
 
+class _Touch:
+    """Stands for `EnsembleStrategy.touch`."""
+
+    def __init__(self, last: _Last) -> None:
+        self._last = last
+
+    def __getitem__(self, k: int) -> int:
+        heard = self._last[k]
+        return 0 if heard is None else min(heard.touch)
+
+    def __setitem__(self, k: int, size: int) -> None:
+        """It is that of the message heard."""
+
+
 class _Answers:
     """Answers each closed batch with the prediction that was recorded for it, and a latency drawn for this run."""
 
     def __init__(self, recorded: Recorded, wait: Delay) -> None:
-        p = recorded.predictions
-        self._p, self._version = p, recorded.model_version
-        self._latency = wait.draw(p.ts, p.instrument)
-        self._of = [np.flatnonzero(p.instrument == k) for k in range(len(recorded.heard))]
-        self._next = [0] * len(self._of)
+        p = self.p = recorded.predictions
+        self._version, self._of = recorded.model_version, recorded.of
+        self.latency = wait.draw(p.ts, p.instrument)
+        self.told = np.zeros(len(p.ts), np.bool_)
 
     def predict(self, vector: FeatureVector) -> Iterable[Prediction]:
-        k, n = vector.instrument, cast(int, vector.closes)
-        if not n:
-            return ()
-        first = self._next[k]
-        self._next[k] += n
-        return [self._one(k, int(i)) for i in self._of[k][first : first + n]]
+        heard = cast(Glance, vector)
+        return self.between(heard.instrument, heard.before, heard.before + heard.closes) if heard.closes else ()
+
+    def open(self, heard: Glance, now: int) -> Iterable[Prediction]:
+        """Those of the instrument of `heard`, its newest message, that are due after `now` and have not been told."""
+        k, stop = heard.instrument, heard.before + heard.closes
+        first = stop
+        while first and (i := self._of[k][first - 1], not self.told[i] and self.p.ts[i] + self.latency[i] > now)[1]:
+            first -= 1
+        return self.between(k, first, stop)
+
+    def between(self, k: int, first: int, stop: int) -> list[Prediction]:
+        return [self._one(k, i) for i in self._of[k][first:stop].tolist()]
 
     def _one(self, k: int, i: int) -> Prediction:
-        p = self._p
+        p, self.told[i] = self.p, True
         return Prediction(
-            k, int(p.ts[i]), int(self._latency[i]), HORIZONS_NS, p.proba[i], p.magnitude[i], p.confidence[i],
+            k, int(p.ts[i]), int(self.latency[i]), HORIZONS_NS, p.proba[i], p.magnitude[i], p.confidence[i],
             tuple(p.direction[i].tolist()), int(p.regime[i]), p.votes[i], self._version,
         )  # fmt: skip
 
 
 @guarded
 class _Playback(DataActor):
-    """Counts the messages that come and publishes what was recorded of them: all of them, or (`quiet`) those in which a batch closes and
-    those that come while something is open."""
+    """Counts the messages that come and publishes what was recorded of those at `stops` (ascending); besides, while something is open, of
+    those in which a batch closes and those at which it is marked to market."""
 
     def __new__(cls, *_args: Any) -> _Playback:
         return super().__new__(cls)
 
-    def __init__(self, instruments: Sequence[Instrument], recorded: Recorded, strategy: EnsembleStrategy, quiet: bool, faults: Faults) -> None:
+    def __init__(self, instruments: Sequence[Instrument], recorded: Recorded, strategy: EnsembleStrategy, stops: I64, faults: Faults) -> None:
         super().__init__(DataActorConfig(actor_id=ActorId("CIFT-FEATURES")))
-        self.faults, self._instruments, self._recorded, self._trades = faults, instruments, recorded, strategy.trades
-        self._quiet, self._n, self._stop, self._stops = quiet, -1, -1, iter(recorded.stops.tolist())
-        self._last = _Last(recorded)
-        strategy.last = self._last  # type: ignore[assignment]
+        self.faults, self._instruments, self._recorded = faults, instruments, recorded
+        self._strategy, self._trades = strategy, strategy.trades
+        self._n, self._stop, self._stops = -1, -1, iter(stops.tolist())
+        self.last = _Last(recorded)
+        strategy.last, strategy.touch = self.last, _Touch(self.last)  # type: ignore[assignment]
 
     def on_start(self) -> None:
         self._stop = next(self._stops, -1)
@@ -252,15 +288,20 @@ class _Playback(DataActor):
 
     def on_book_deltas(self, message: Any) -> None:
         n = self._n = self._n + 1
-        if n == self._stop:
+        if n != self._stop:
+            if not any(self._trades):
+                self.last.at = n
+                return
+            heard = self._recorded.glance(n)
+            if not heard.closes and (self._trades[heard.instrument] is None or heard.ts < self._strategy.next_mark):
+                self.last.at = n
+                return
+        else:
             self._stop = next(self._stops, -1)
-        elif self._quiet and not any(self._trades):
-            self._last.at = n
-            return
-        heard = self._recorded.glance(n)
+            heard = self._recorded.glance(n)
         if heard.ts != message.ts_init:
             raise AssertionError(f"the stream is not the one that was recorded: message {n} is of {message.ts_init}, not {heard.ts}")
-        self._last.coming = n
+        self.last.coming = n
         self.publish_message(FEATURES, heard)
 
     on_trade = on_quote = on_book_deltas
@@ -273,39 +314,33 @@ class _Playback(DataActor):
 
 @guarded
 class _Batched(InferenceActor):
-    """Sets no alert for predictions that abstain while nothing is open: they change nothing, and go out with what comes next."""
+    """Holds the predictions that the strategy acts upon and, while something is open, all of them. The others change nothing: they are
+    counted at the end."""
 
-    def __init__(self, predictor: Any, faults: Faults, strategy: EnsembleStrategy) -> None:
-        super().__init__(predictor, faults)
-        self._strategy, self._acting = strategy, list[int]()  # heap of the due times of those that do not abstain
-
-    def accept(self, predictions: Iterable[Prediction]) -> None:
-        for p in predictions:
-            if any(p.direction):
-                heapq.heappush(self._acting, p.due)
-            heapq.heappush(self._held, (p.due, self._arrived, p))
-            self._arrived += 1
-        self._deliver(self.clock.timestamp_ns())
+    def __init__(self, answers: _Answers, last: _Last, faults: Faults, strategy: EnsembleStrategy) -> None:
+        super().__init__(answers, faults)
+        self._answers, self._last, self._strategy, self._open = answers, last, strategy, False
 
     def _deliver(self, now: int) -> None:
-        held, acting = self._held, self._acting
-        while held and held[0][0] <= now:
-            self.published += 1
-            self.publish_message(PREDICTIONS, heapq.heappop(held)[2])
-        while acting and acting[0] <= now:
-            heapq.heappop(acting)
-        if due := held if any(self._strategy.trades) else acting:
-            first = due[0] if due is acting else held[0][0]
-            if first < self._alert:
-                self._alert = first
-                self._alerts += 1
-                self.clock.set_time_alert_ns(f"due-{self._alerts}", first, callback=self.on_due)
+        super()._deliver(now)
+        if self._open != (opened := any(self._strategy.trades)):
+            self._open = opened
+            if opened:  # what was left out and is still under way is held from now on: the venue is woken when it is due
+                for heard in map(self._last.__getitem__, range(len(self._strategy.trades))):
+                    for p in self._answers.open(heard, now) if heard is not None else ():
+                        heapq.heappush(self._held, (p.due, self._arrived, p))
+                        self._arrived += 1
+                super()._deliver(now)
 
     def finish(self, end: int) -> None:
-        """The stream has ended at `end` (ns): count what was due."""
-        while self._held and self._held[0][0] <= end:
-            self.published += 1
-            self._strategy.on_prediction(heapq.heappop(self._held)[2])
+        """The stream has ended at `end` (ns): count what was due and left out."""
+        a, s = self._answers, self._strategy
+        rest = ~a.told & (a.p.ts + a.latency <= end)
+        early = int((a.p.ts[rest] < s.terms.act_from).sum())
+        for why, n in (("before the split", early), ("abstains", int(rest.sum()) - early)):
+            if n:
+                s.decisions[why] += n
+        self.published += int(rest.sum())
 
 
 def trade(p: Plan, recorded: Recorded, faults: Faults | None = None) -> Traded:
@@ -316,10 +351,17 @@ def trade(p: Plan, recorded: Recorded, faults: Faults | None = None) -> Traded:
     c, terms = p.config, p.terms(REGIMES, faults or Faults())
     kind = EnsembleStrategy if c.strategy is None else strategy_class(c.strategy)
     strategy = kind(terms)
-    predictor = _Answers(recorded, delay(p, len(p.instruments), recorded.q, recorded.ns))
-    playback = _Playback(p.instruments, recorded, strategy, _ours(kind, "on_features"), terms.faults)
+    answers = _Answers(recorded, delay(p, len(p.instruments), recorded.q, recorded.ns))
     batched = _ours(kind, "on_prediction", "decide", "renew")
-    inference = _Batched(predictor, terms.faults, strategy) if batched else InferenceActor(predictor, terms.faults)
+    if not _ours(kind, "on_features"):
+        stops = np.arange(len(recorded.messages))
+    elif batched:
+        predictions = recorded.predictions
+        stops = np.unique(recorded.message[predictions.direction.any(axis=1) & (predictions.ts >= terms.act_from)])
+    else:
+        stops = np.unique(recorded.message)
+    playback = _Playback(p.instruments, recorded, strategy, stops, terms.faults)
+    inference = _Batched(answers, playback.last, terms.faults, strategy) if batched else InferenceActor(answers, terms.faults)
     _, node, _ = run_backtest(_Actors((playback, inference), strategy), _replay(p, terms.order_latency_ns), terms.faults)
     if playback.heard != len(recorded.messages):
         raise AssertionError(f"{playback.heard} messages came of {len(recorded.messages)} that were recorded")

@@ -132,7 +132,7 @@ class EnsembleStrategy(Strategy):
         self.positions: list[tuple[Any, ...]] = []
         self.equity: list[tuple[int, str, float]] = []
         self.signals = 0
-        self._next_mark = 0
+        self.next_mark = 0  # when open positions are marked again, ns
         self._alerts = 0
         self._digest = hashlib.sha256()
 
@@ -180,8 +180,8 @@ class EnsembleStrategy(Strategy):
         self.last[k] = vector
         if vector.closes:
             self.touch[k] = min(vector.touch)
-        if vector.ts >= self._next_mark and self.trades[k] is not None:
-            self._next_mark = vector.ts + MARK_EVERY_NS
+        if vector.ts >= self.next_mark and self.trades[k] is not None:
+            self.next_mark = vector.ts + MARK_EVERY_NS
             self._mark(k, vector.mid, vector.ts)
         if self.recovery is not None and k in self.recovery.waits:
             self.recovery.go_on(k)
