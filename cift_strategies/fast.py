@@ -27,11 +27,12 @@ from catalog.whole import replacing
 from cift_models.hmm import REGIMES
 from cift_models.inference import Engine, Predictions
 from cift_models.windows import HORIZONS_NS, Block
-from cift_strategies.backtest import Plan, Traded, _traded, blocks, delay
+from cift_strategies.backtest import Plan, blocks, delay
 from cift_strategies.faults import Faults, guarded
 from cift_strategies.feature_actor import FeatureActor, subscribe
 from cift_strategies.inference_actor import Delay, InferenceActor, LookAhead
 from cift_strategies.messages import FEATURES, FeatureVector, Prediction
+from cift_strategies.outcome import Traded
 from cift_strategies.strategy import EnsembleStrategy
 from cift_strategies.system import Replay, run_backtest, strategy_class
 
@@ -138,7 +139,7 @@ def record(p: Plan, engine: Engine, out: Path) -> Path:
         raw, n, faults = _Raw(part), len(p.instruments), Faults()
 
         def sink(block: Block, predictions: Predictions, _latency: I64) -> None:
-            for name, rows in zip(predictions._fields, predictions):
+            for name, rows in predictions._asdict().items():
                 raw.push(name, rows)
             steps.advance(len(block.events))
 
@@ -274,7 +275,9 @@ class _Playback(DataActor):
     def __new__(cls, *_args: Any) -> _Playback:
         return super().__new__(cls)
 
-    def __init__(self, instruments: Sequence[Instrument], recorded: Recorded, strategy: EnsembleStrategy, stops: I64, faults: Faults) -> None:
+    def __init__(
+        self, instruments: Sequence[Instrument], recorded: Recorded, strategy: EnsembleStrategy, stops: I64, faults: Faults
+    ) -> None:
         super().__init__(DataActorConfig(actor_id=ActorId("CIFT-FEATURES")))
         self.faults, self._instruments, self._recorded = faults, instruments, recorded
         self._strategy, self._trades = strategy, strategy.trades
@@ -304,7 +307,7 @@ class _Playback(DataActor):
         self.last.coming = n
         self.publish_message(FEATURES, heard)
 
-    on_trade = on_quote = on_book_deltas
+    on_trade = on_quote = on_book_deltas  # type: ignore[assignment]
 
     @property
     def heard(self) -> int:
@@ -367,7 +370,7 @@ def trade(p: Plan, recorded: Recorded, faults: Faults | None = None) -> Traded:
         raise AssertionError(f"{playback.heard} messages came of {len(recorded.messages)} that were recorded")
     if isinstance(inference, _Batched):
         inference.finish(p.last)
-    traded = _traded(strategy)
+    traded = Traded.by(strategy)
     node.dispose()
     return traded
 
