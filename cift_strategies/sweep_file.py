@@ -210,7 +210,7 @@ def _axes(table: Mapping[str, Any], path: Path, before: str = "") -> list[Axis]:
         elif isinstance(told, dict):
             found += _axes(told, path, f"{key}.")
         else:
-            raise InputError(f"{path}: parameters.{key} = {told!r}: give a list of values or {{low = .., high = ..}}; one value is for base")
+            raise InputError(f"{path}: parameters.{key} = {told!r}: give a list of values or {{low = .., high = ..}}; one is base's")
     return found
 
 

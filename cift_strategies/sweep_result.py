@@ -161,8 +161,8 @@ def _told(r: Mapping[str, Any], best: Trial, median: Trial, objective: str) -> l
         lines.append("Deflated Sharpe ratio: the best run's returns do not vary, there is nothing to test.")
     if (p := r["pbo"]) is not None:
         lines.append(
-            f"Probability of backtest overfitting: {p['probability']:.2f} ({p['splits']:,} splits of {p['blocks']} blocks); the best of one "
-            f"half has a Sharpe ratio of {short(p['inside'])} there and of {short(p['outside'])} in the other."
+            f"Probability of backtest overfitting: {p['probability']:.2f} ({p['splits']:,} splits of {p['blocks']} blocks); the best of "
+            f"one half has a Sharpe ratio of {short(p['inside'])} there and of {short(p['outside'])} in the other."
         )
     else:
         lines.append("Probability of backtest overfitting: two runs over the same time are needed.")
