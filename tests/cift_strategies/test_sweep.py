@@ -70,7 +70,10 @@ def test_what_is_wrong_in_the_file_is_one_line_that_names_it(tmp_path: Path, tex
 
 
 def test_a_grid_is_every_combination_of_dotted_and_nested_keys(tmp_path: Path) -> None:
-    text = '[parameters]\n"settings.min_edge_ticks" = [0.1, 2.0]\nsettings.entry = ["cross", "join"]\nseed = {low = 1, high = 5, step = 2}\n'
+    text = (
+        '[parameters]\n"settings.min_edge_ticks" = [0.1, 2.0]\nsettings.entry = ["cross", "join"]\n'
+        "seed = {low = 1, high = 5, step = 2}\n"
+    )
     a = asked(tmp_path, text)
     (points,) = proposals(a)
     assert len(points) == 12 and {p["seed"] for p in points} == {1, 3, 5} and len({repr(p) for p in points}) == 12
@@ -91,7 +94,10 @@ def test_random_points_repeat_with_their_seed_and_stay_within_their_ranges(tmp_p
 
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])
 def test_a_search_finds_what_is_best_and_repeats(tmp_path: Path, direction: str) -> None:
-    text = f'method = "optuna"\ndirection = "{direction}"\ntrials = 60\n[parameters]\nlatency_ms = {{low = 0.0, high = 10.0}}\nrule = [true, false]\n'
+    text = (
+        f'method = "optuna"\ndirection = "{direction}"\ntrials = 60\n[parameters]\n'
+        "latency_ms = {low = 0.0, high = 10.0}\nrule = [true, false]\n"
+    )
 
     def searched() -> list[Any]:
         search, found = proposals(asked(tmp_path, text)), []
@@ -187,8 +193,9 @@ def test_a_worker_that_dies_loses_nothing_and_a_file_that_is_refused_runs_nothin
     found = sweep(path, {"out": tmp_path / "out"})
     assert not (tmp_path / "worker").exists()  # it was filled
     assert found["table"][0]["digest"] == small.result.digest and len(runs(tmp_path / "out")) == 2 and not found["failed"]
+    wrong = of_small(small, tmp_path, 'objective = "sharp"\nfast = false', "settings.min_edge_ticks = [0.1]", "own_strategies:Mortal")
     with pytest.raises(InputError, match="choose among"):
-        sweep(of_small(small, tmp_path, 'objective = "sharp"', "settings.min_edge_ticks = [0.1]", "own_strategies:Mortal"), {"out": tmp_path / "out"})
+        sweep(wrong, {"out": tmp_path / "out"})
     with pytest.raises(InputError, match="holds no sweep"):
         sweep(path, {"out": small.out})
 
