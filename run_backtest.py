@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,6 +35,8 @@ def backtest(
     seed: Annotated[int | None, typer.Option(help="of the demo market, of training and of latencies; default 7")] = None,
     out: Annotated[Path | None, typer.Option(help="output folder; default out/<source>")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML with the same settings and more; the command line goes first")] = None,
+    sweep: Annotated[Path | None, typer.Option(help="TOML of many runs: parameters, search, validation (docs/research.md)")] = None,
+    ray: Annotated[str | None, typer.Option(help="Ray cluster that computes a sweep: HOST:PORT, or auto")] = None,
     show: Annotated[bool, typer.Option("--show", help="open the run in the dashboard; what --out holds is not run again")] = False,
     port: Annotated[int, typer.Option(min=0, max=65_535, help="of the dashboard; 0: any free one")] = 8765,
     as_json: Annotated[bool, typer.Option("--json", help="print the summary as the last line")] = False,
@@ -48,7 +50,15 @@ def backtest(
         "instruments": instruments, "train_fraction": train_fraction, "artifacts": artifacts, "altdata": altdata,
         "latency_ms": _latency(latency_ms), "device": device, "seed": seed, "out": out,
     }  # fmt: skip
-
+    if ray is not None and sweep is None:
+        raise InputError("--ray computes the runs of a sweep: name its file with --sweep")
+    if sweep is not None:
+        if config is not None:
+            raise InputError(f'--config goes into the sweep file: write base = "{config}" into {sweep}')
+        if show:
+            raise InputError("--show opens one run: leave it out, and open the sweep's sweep.html")
+        _sweep(sweep, {k: v for k, v in given.items() if v is not None}, ray, as_json)
+        return
     from cift_strategies.backtest import RunConfig
     from cift_strategies.settings import configured
 
@@ -73,6 +83,19 @@ def backtest(
         print(json.dumps(plain(summary), allow_nan=False))
     if show:
         _show(folder, port)
+
+
+def _sweep(path: Path, given: dict[str, Any], ray: str | None, as_json: bool) -> None:
+    from cift_strategies.sweep import sweep
+
+    folder = Path(given["out"]) if "out" in given else Path("out") / path.stem
+    found = sweep(path, given, ray)
+    print("\n".join(found["told"]))
+    print(f"figures: {folder / 'sweep.html'}")
+    if as_json:
+        from cift_strategies.results import plain
+
+        print(json.dumps(plain(found), allow_nan=False))
 
 
 def _show(folder: Path, port: int) -> None:

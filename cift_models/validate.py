@@ -9,6 +9,7 @@ day, logistic regression on the best bid and offer) are fitted on the training r
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -282,3 +283,62 @@ def score_catalog(
     trained = [found.manifest["instruments"].index(i.id) for i in instruments]
     scores = evaluate(got, engine.ensemble.threshold[trained], [i.id for i in instruments], engine.members, baselines.only(trained), seed)
     return {**scores, "model_version": engine.model_version, "failures": engine.failures}
+
+
+# --- splits ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Fold(NamedTuple):
+    """Rows to choose on and rows to judge on; `tested`: the groups that are judged."""
+
+    train: I64
+    test: I64
+    tested: tuple[int, ...]
+
+
+def groups(start: int, end: int, n: int) -> I64:
+    """Edges (n + 1,) of `n` groups of equal time over [start, end] ns; group g is edges[g] <= t < edges[g + 1]."""
+    return np.array([start + (end + 1 - start) * g // n for g in range(n + 1)], np.int64)
+
+
+def purged(ts: I64, known_at: I64, edges: I64, tested: Sequence[int], embargo_ns: int = 0) -> I64:
+    """Rows outside the groups `tested` whose life [ts, known_at] (n,) meets none of theirs, nor begins within `embargo_ns` after it.
+
+    A group's life runs from its first edge to its last, or until the last of its own rows is known. Lopez de Prado (2018), section 7.4.
+    """
+    keep = np.ones(len(ts), np.bool_)
+    for g in tested:
+        first, last = int(edges[g]), int(edges[g + 1]) - 1
+        mine = (ts >= first) & (ts <= last)
+        last = max(last, int(known_at[mine].max(initial=last)))
+        keep &= (ts > last + embargo_ns) | (known_at < first)
+    return np.flatnonzero(keep)
+
+
+def cpcv(ts: I64, known_at: I64, edges: I64, test_groups: int = 2, embargo_ns: int = 0) -> list[Fold]:
+    """Combinatorial purged cross-validation: every choice of `test_groups` among the groups of `edges` is judged once, what is left after
+    :func:`purged` is chosen on. Lopez de Prado (2018), chapter 12. `ts` (n,) when each row was decided, `known_at` when its outcome was
+    known, ns. Raises InputError unless 1 <= test_groups < groups."""
+    n = len(edges) - 1
+    if not 1 <= test_groups < n:
+        raise InputError(f"{test_groups} test groups of {n}: choose from 1 to {n - 1}")
+    place = np.searchsorted(edges[1:-1], ts, "right")
+    return [
+        Fold(purged(ts, known_at, edges, tested, embargo_ns), np.flatnonzero(np.isin(place, tested)), tested)
+        for tested in combinations(range(n), test_groups)
+    ]
+
+
+def paths(n: int, test_groups: int) -> I64:
+    """Which split of :func:`cpcv` judges each group in each of its whole paths through time: (C(n - 1, test_groups - 1), n)."""
+    splits = list(combinations(range(n), test_groups))
+    return np.array([[i for i, tested in enumerate(splits) if g in tested] for g in range(n)]).T
+
+
+def expanding(ts: I64, known_at: I64, edges: I64, embargo_ns: int = 0) -> list[Fold]:
+    """Walk-forward: each group but the first is judged, all that was known `embargo_ns` before it began is chosen on."""
+    place = np.searchsorted(edges[1:-1], ts, "right")
+    return [
+        Fold(np.flatnonzero((place < g) & (known_at + embargo_ns < edges[g])), np.flatnonzero(place == g), (g,))
+        for g in range(1, len(edges) - 1)
+    ]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from nautilus_trader.common import DataActor, DataActorConfig
-from nautilus_trader.model import ActorId, BookType, OrderBookDeltas, QuoteTick, TradeTick
+from nautilus_trader.model import ActorId, BookType, InstrumentId, OrderBookDeltas, QuoteTick, TradeTick
 
 from catalog.events import Instrument
 from cift_models.features import State
@@ -20,6 +20,17 @@ from cift_strategies.faults import Faults, guarded
 from cift_strategies.intake import Intake, warm
 from cift_strategies.messages import FEATURES, FeatureVector
 from cift_strategies.pace import Pace
+
+
+def subscribe(actor: DataActor, instruments: Sequence[Instrument]) -> None:
+    """The deepest feed of each of `instruments` and its trades."""
+    for x in instruments:
+        id_ = InstrumentId.from_str(x.id)
+        if x.level == 1:
+            actor.subscribe_quotes(id_)
+        else:
+            actor.subscribe_book_deltas(id_, BookType.L3_MBO if x.level == 3 else BookType.L2_MBP)
+        actor.subscribe_trades(id_)
 
 
 @guarded
@@ -42,13 +53,7 @@ class FeatureActor(DataActor):
 
     def on_start(self) -> None:
         warm(self.instruments[0])
-        for id_, k in self.intake.index.items():
-            level = self.instruments[k].level
-            if level == 1:
-                self.subscribe_quotes(id_)
-            else:
-                self.subscribe_book_deltas(id_, BookType.L3_MBO if level == 3 else BookType.L2_MBP)
-            self.subscribe_trades(id_)
+        subscribe(self, self.instruments)
 
     def on_book_deltas(self, deltas: OrderBookDeltas) -> None:
         self._publish(self.intake.deltas(deltas))

@@ -11,9 +11,13 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cift_models.features import NAMES
+
 FEATURES: Final = "cift.features"  # topics
 PREDICTIONS: Final = "cift.predictions"
 SIGNALS: Final = "cift.signals"
+MID: Final = NAMES.index("mid")
+SPREAD: Final = NAMES.index("spread")
 
 
 class _Fields(NamedTuple):
@@ -47,6 +51,16 @@ class FeatureVector(_Fields):
     def rows(self) -> NDArray[np.float64]:
         """(n, len(NAMES))."""
         return self.matrix[self.first : self.stop]
+
+    @property
+    def mid(self) -> float:
+        """After the last event, in currency; NaN where a side is empty."""
+        return float(self.matrix[self.stop - 1, MID])
+
+    @property
+    def spread(self) -> float:
+        """After the last event, in ticks."""
+        return float(self.matrix[self.stop - 1, SPREAD])
 
 
 @dataclass(frozen=True, slots=True)

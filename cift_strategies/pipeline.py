@@ -180,8 +180,8 @@ class InferencePipeline:
                 raise error
 
     def _heard(self, p: Prediction, system: System, serving: Serving, speed: float) -> None:
+        from cift_strategies.messages import MID, SPREAD
         from cift_strategies.recommendation import recommendation
-        from cift_strategies.strategy import MID, SPREAD
 
         s, k = system.strategy, p.instrument
         vector = s.last[k]

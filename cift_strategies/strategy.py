@@ -28,7 +28,6 @@ from nautilus_trader.trading import Strategy, StrategyConfig
 
 from catalog import status
 from catalog.events import SCALE, Instrument, session_bounds
-from cift_models.features import NAMES
 from cift_strategies import entries
 from cift_strategies.faults import Faults, guarded
 from cift_strategies.journal import Journal, Sent
@@ -41,8 +40,6 @@ from cift_strategies.translate import UNIT
 if TYPE_CHECKING:
     from cift_strategies.recovery import Recovery
 
-MID: Final = NAMES.index("mid")
-SPREAD: Final = NAMES.index("spread")
 MARK_EVERY_NS: Final = SCALE  # of open positions, for the equity curve
 RETRY_NS: Final = 100_000_000  # before another attempt to leave a position
 ATTEMPTS: Final = 50
@@ -136,7 +133,7 @@ class EnsembleStrategy(Strategy):
         self.positions: list[tuple[Any, ...]] = []
         self.equity: list[tuple[int, str, float]] = []
         self.signals = 0
-        self._next_mark = 0
+        self.next_mark = 0  # when open positions are marked again, ns
         self._alerts = 0
         self._digest = hashlib.sha256()
 
@@ -175,7 +172,7 @@ class EnsembleStrategy(Strategy):
     def on_start(self) -> None:
         if self.recovery is not None:
             self.recovery.begin()
-        self.subscribe_topic(FEATURES, self.on_features)
+        self.subscribe_topic(FEATURES, self.on_features, priority=1)  # the book before a prediction of the same moment, always
         self.subscribe_topic(PREDICTIONS, self.on_prediction)
 
     def on_features(self, message: object) -> None:
@@ -184,9 +181,9 @@ class EnsembleStrategy(Strategy):
         self.last[k] = vector
         if vector.closes:
             self.touch[k] = min(vector.touch)
-        if vector.ts >= self._next_mark and self.trades[k] is not None:
-            self._next_mark = vector.ts + MARK_EVERY_NS
-            self._mark(k, float(vector.rows[-1, MID]), vector.ts)
+        if vector.ts >= self.next_mark and self.trades[k] is not None:
+            self.next_mark = vector.ts + MARK_EVERY_NS
+            self._mark(k, vector.mid, vector.ts)
         if self.recovery is not None and k in self.recovery.waits:
             self.recovery.go_on(k)
 
@@ -217,7 +214,7 @@ class EnsembleStrategy(Strategy):
         vector = self.last[k]
         if vector is None or now - vector.ts > self.settings.stale_ms * 1e6:
             return self._decline("book is stale")
-        mid, spread = float(vector.rows[-1, MID]), float(vector.rows[-1, SPREAD])
+        mid, spread = vector.mid, vector.spread
         if not math.isfinite(mid):
             return self._decline("book has one side")
         if spread <= 0:
@@ -316,7 +313,7 @@ class EnsembleStrategy(Strategy):
         )  # fmt: skip
         roles = ("entry", "stop", "target")
         vector = self.last[k]
-        mid = math.nan if vector is None else float(vector.rows[-1, MID])
+        mid = math.nan if vector is None else vector.mid
         ids = {role: order.client_order_id for role, order in zip(roles, orders)}
         if self.terms.journal is not None:
             prices, first = (signal.limit, signal.stop, signal.target), self.numbers
@@ -489,7 +486,7 @@ class EnsembleStrategy(Strategy):
         fee = event.commission.as_double() if event.commission is not None else 0.0
         ts, units = self._stamp(event.ts_event), size / SCALE
         vector = self.last[k]
-        mid = math.nan if vector is None else float(vector.rows[-1, MID])
+        mid = math.nan if vector is None else vector.mid
         decided, trade_number = (math.nan, -1) if trade is None else (trade.decided_mid, trade.number)
         maker = str(event.liquidity_side).rsplit(".", 1)[-1].lower()
         row = (

@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nautilus_trader.adapters.sandbox import SandboxExecutionClientConfig, SandboxExecutionClientFactory
 from nautilus_trader.backtest import (
@@ -60,6 +60,12 @@ class System:
         add_actor(self.features)
         add_actor(self.inference)
         add_strategy(self.strategy)
+
+
+class Part(Protocol):
+    """What adds its actors and its strategy to a node: a :class:`System`, or some of one."""
+
+    def add_to(self, add_actor: Callable[[Any], object], add_strategy: Callable[[Any], object]) -> None: ...
 
 
 def assemble(terms: Terms, predictor: Predictor, strategy: str | None = None, restamp: bool = False) -> System:
@@ -160,7 +166,7 @@ def data(replay: Replay) -> list[BacktestDataConfig]:
     return configs
 
 
-def run_backtest(system: System, replay: Replay, faults: Faults) -> tuple[BacktestResult, BacktestNode, str]:
+def run_backtest(system: Part, replay: Replay, faults: Faults) -> tuple[BacktestResult, BacktestNode, str]:
     """Stream `replay` through a BacktestNode with `system`; returns its result, the node (undisposed) and the run's id.
 
     The first exception of any callback, Ctrl-C included, ends the run's callbacks and is raised here.

@@ -1,0 +1,230 @@
+"""What a sweep came to: its table, the best and the median run, and how much of the best is luck.
+
+Takes the trials with their results, writes `sweep.json`, `sweep.parquet`, `sweep.html` and `best.toml` into the sweep's folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from cift_models.validate import Fold, cpcv, expanding, groups, paths
+from cift_strategies.overfitting import Overfitting, deflated, pbo, sharpe
+from cift_strategies.results import write_json
+from cift_strategies.sweep import NOTE, Trial, positions, returns
+from cift_strategies.sweep_board import short
+from cift_strategies.sweep_file import Asked, Validation
+
+type F64 = NDArray[np.float64]
+
+
+def figures(t: Trial, periods: int) -> dict[str, Any]:
+    """The numbers of a run: `sharpe` of a period, `return` (net, share of capital), and those of its summary."""
+    assert t.result is not None
+    r = returns(t, periods)
+    told = {k: v for k, v in t.result["summary"].items() if isinstance(v, int | float) or v is None}
+    return {"sharpe": float(sharpe(r[:, None])[0]), "return": float(r.sum()), **told}
+
+
+def conclude(asked: Asked, trials: Sequence[Trial], out: Path) -> dict[str, Any]:
+    """Write the sweep's files; returns what sweep.json holds."""
+    s, sign = asked.sweep, 1.0 if asked.sweep.direction == "maximize" else -1.0
+    unique = list({t.job.key: t for t in reversed(trials) if t.result is not None}.values())[::-1]
+    scored = sorted((t for t in unique if t.score is not None), key=lambda t: (-sign * (t.score or 0.0), t.number))
+    best, median = (scored[0], scored[len(scored) // 2]) if scored else (unique[0], unique[0])
+    start = max(int(t.result["start"]) for t in unique if t.result)
+    end = min(int(t.result["end"]) for t in unique if t.result)
+    together = start < end
+    matrix = np.stack([_between(t, start, end, s.periods) for t in unique], axis=1) if together else np.zeros((0, len(unique)))
+    over = pbo(matrix, s.blocks)
+    ratios = sharpe(matrix) if together else np.zeros(len(unique))
+    ever = len({json.dumps(json.loads(f.read_text())["config"], sort_keys=True) for f in (out / "runs").glob("*/run.json")})
+    dsr = deflated(matrix[:, unique.index(best)], ratios, ever) if together else None
+    judged = None if s.validation is None or not together else _judged(s.validation, s.objective, sign, unique, start, end, s.periods)
+    result: dict[str, Any] = {
+        "file": str(asked.path), "method": s.method, "objective": s.objective, "direction": s.direction, "seed": s.seed,
+        "parameters": [a.key for a in asked.axes], "runs": len(trials), "distinct": len(unique), "trials": ever,
+        "failed": sum(bool(t.error) for t in trials), "best": best.number, "median": median.number, "start": start, "end": end,
+        "periods": s.periods,
+        "pbo": None if over is None else {
+            "probability": over.pbo, "loss": over.loss, "splits": len(over.logit), "blocks": s.blocks,
+            "inside": float(over.inside.mean()), "outside": float(over.outside.mean()),
+        },
+        "deflated_sharpe": None if dsr is None else {**dsr._asdict(), "variance": float(np.var(ratios))},
+        "validation": judged,
+        "table": [_row(t, s.periods) for t in trials],
+    }  # fmt: skip
+    result["told"] = _told(result, best, median, s.objective)
+    _parquet(result["table"], out / "sweep.parquet")
+    head = f"# the best of {len(unique)} runs by {s.objective}: run_backtest.py --config best.toml\n"
+    _text(out / "best.toml", head + toml(_config(best)))
+    from cift_strategies.sweep_page import render
+
+    _text(out / "sweep.html", render(result, best, median, matrix, [t.number for t in unique], over))
+    write_json(out / NOTE, result)
+    return result
+
+
+def _between(t: Trial, start: int, end: int, periods: int) -> F64:
+    opened, _, earned = positions(t)
+    inside = (opened >= start) & (opened <= end)
+    place = np.searchsorted(groups(start, end, periods)[1:-1], opened[inside], "right")
+    return np.bincount(place, earned[inside], periods).astype(np.float64)
+
+
+def _row(t: Trial, periods: int) -> dict[str, Any]:
+    told: dict[str, Any] = {"run": t.number, "key": t.job.key, "parameters": t.point, "score": t.score, "error": t.error or None}
+    if t.result is not None:
+        told |= {"digest": t.result["digest"], "seconds": t.result["seconds"], "figures": figures(t, periods)}
+    return told
+
+
+# --- validation -----------------------------------------------------------------------------------------------------------------------
+
+
+def _judged(v: Validation, objective: str, sign: float, trials: Sequence[Trial], start: int, end: int, periods: int) -> dict[str, Any]:
+    """In each fold the trial that is best by the positions it is chosen on, and what it was worth in the groups that are judged.
+
+    A position's life is from its opening to its close, at which its outcome is known.
+    """
+    slots, embargo = max(1, periods // v.groups), round(v.embargo_s * 1e9)
+    fine = groups(start, end, v.groups * slots)
+    edges = fine[::slots]
+    held = []
+    for opened, closed, earned in map(positions, trials):
+        inside = (opened >= start) & (opened <= end)
+        held.append((opened[inside], closed[inside], earned[inside]))
+    cells = [np.searchsorted(fine[1:-1], opened, "right") for opened, _, _ in held]
+    if v.method == "cpcv":
+        folds = [cpcv(o, c, edges, v.test_groups, embargo) for o, c, _ in held]
+    else:
+        folds = [expanding(o, c, edges, embargo) for o, c, _ in held]
+
+    def series(n: int, rows: NDArray[np.int64], of: Sequence[int]) -> F64:
+        r = np.bincount(cells[n][rows], held[n][2][rows], len(fine) - 1).reshape(v.groups, slots)
+        return r[list(of)].ravel()
+
+    def score(r: F64) -> float:
+        return float(sharpe(r[:, None])[0]) if objective == "sharpe" else float(r.sum())
+
+    told: list[dict[str, Any]] = []
+    chosen: list[tuple[int, Fold]] = []
+    for i, fold in enumerate(folds[0]):
+        rest = [g for g in range(v.groups) if (g not in fold.tested if v.method == "cpcv" else g < fold.tested[0])]
+        scored = [score(series(n, folds[n][i].train, rest)) for n in range(len(trials))]
+        n = int(np.argmax(sign * np.array(scored)))
+        mine = folds[n][i]
+        chosen.append((n, mine))
+        dropped = int(np.isin(cells[n] // slots, rest).sum()) - len(mine.train)
+        outside = score(series(n, mine.test, fold.tested))
+        told.append({"tested": list(fold.tested), "run": trials[n].number, "inside": scored[n], "outside": outside, "purged": dropped})
+    if v.method == "cpcv":
+        ways = paths(v.groups, v.test_groups)
+        lines = [np.concatenate([series(*_of(chosen[i]), [g]) for g, i in enumerate(way)]) for way in ways]
+    else:
+        lines = [np.concatenate([series(n, fold.test, fold.tested) for n, fold in chosen])]
+    scores = [score(line) for line in lines]
+    return {
+        **v.model_dump(), "folds": told, "paths": scores,
+        "mean": float(np.mean(scores)), "worst": float(min(sign * np.array(scores)) * sign),
+        "return": float(np.mean([line.sum() for line in lines])), "runs_chosen": len({f["run"] for f in told}),
+    }  # fmt: skip
+
+
+def _of(chosen: tuple[int, Fold]) -> tuple[int, NDArray[np.int64]]:
+    return chosen[0], chosen[1].test
+
+
+# --- words and files ------------------------------------------------------------------------------------------------------------------
+
+
+def _told(r: Mapping[str, Any], best: Trial, median: Trial, objective: str) -> list[str]:
+    def of(t: Trial) -> str:
+        return f"{objective} {short(t.score)} with " + ", ".join(f"{k} = {v}" for k, v in t.point.items())
+
+    failed = f", {r['failed']} of {r['runs']} refused" if r["failed"] else ""
+    lines = [f"{r['distinct']} distinct runs{failed}. Best: run {best.number}, {of(best)}. Median: run {median.number}, {of(median)}."]
+    if (d := r["deflated_sharpe"]) is not None:
+        lines.append(
+            f"Deflated Sharpe ratio: with probability {d['probability']:.3f} the best run's ratio ({short(d['ratio'])} a period) is more "
+            f"than luck; the best of {d['trials']} trials without skill is expected to show {short(d['expected'])}."
+        )
+    else:
+        lines.append("Deflated Sharpe ratio: the best run's returns do not vary, there is nothing to test.")
+    if (p := r["pbo"]) is not None:
+        lines.append(
+            f"Probability of backtest overfitting: {p['probability']:.2f} ({p['splits']:,} splits of {p['blocks']} blocks); the best of "
+            f"one half has a Sharpe ratio of {short(p['inside'])} there and of {short(p['outside'])} in the other."
+        )
+    else:
+        lines.append("Probability of backtest overfitting: two runs over the same time are needed.")
+    if (v := r["validation"]) is not None:
+        what = "path" if v["method"] == "walk-forward" else f"mean of {len(v['paths'])} paths"
+        lines.append(
+            f"{v['method']}: chosen on the other groups, {objective} {short(v['mean'])} ({what}), worst {short(v['worst'])}; "
+            f"{v['runs_chosen']} different runs were chosen in {len(v['folds'])} folds."
+        )
+    return lines
+
+
+def _parquet(table: Sequence[Mapping[str, Any]], path: Path) -> None:
+    rows = [
+        {k: v for k, v in row.items() if k not in ("parameters", "figures")}
+        | {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in row["parameters"].items()} | row.get("figures", {})
+        for row in table
+    ]  # fmt: skip
+    columns = {}
+    for name in dict.fromkeys(k for row in rows for k in row):
+        values = [row.get(name) for row in rows]
+        kinds = {type(v) for v in values if v is not None}
+        if kinds <= {int, float} and float in kinds:
+            values = [None if v is None else float(v) for v in values]
+        elif len(kinds) > 1:
+            values = [None if v is None else str(v) for v in values]
+        columns[name] = pa.array(values)
+    part = path.with_name(f".{path.name}.part")
+    pq.write_table(pa.table(columns), part)
+    os.replace(part, path)
+
+
+def _text(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _config(t: Trial) -> dict[str, Any]:
+    assert t.result is not None
+    return {k: v for k, v in t.result["config"].items() if k != "out"}
+
+
+def toml(values: Mapping[str, Any], name: str = "") -> str:
+    """`values` as TOML; what is None is left out."""
+    plain = {k: v for k, v in values.items() if v is not None and not isinstance(v, Mapping)}
+    lines = [f"{_key(k)} = {_value(v)}" for k, v in plain.items()]
+    text = (f"\n[{name}]\n" if name and lines else "") + "".join(f"{line}\n" for line in lines)
+    for k, v in values.items():
+        if isinstance(v, Mapping):
+            text += toml(v, f"{name}.{_key(k)}" if name else _key(k))
+    return text
+
+
+def _key(k: str) -> str:
+    return k if k.replace("_", "").replace("-", "").isalnum() else json.dumps(k)
+
+
+def _value(v: Any) -> str:
+    if isinstance(v, list | tuple):
+        return "[" + ", ".join(map(_value, v)) + "]"
+    return json.dumps(v, ensure_ascii=False) if isinstance(v, str | bool) else repr(v)
+
+
+__all__ = ["Overfitting", "conclude", "figures", "toml"]

@@ -1,0 +1,99 @@
+"""Fast mode beside the engine without a strategy, and the memory of a worker over its runs, on the Binance recording.
+
+CPU seconds, in turns; models of the default members are trained on the first part of the recording.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cift_models.inference import Engine
+from cift_models.train import train
+from cift_strategies import fast
+from cift_strategies.backtest import Plan, RunConfig, plan, resolve
+from cift_strategies.faults import Faults
+from cift_strategies.sweep import tidy
+from cift_strategies.system import run_backtest
+
+ROUNDS = 5
+RUNS = 200
+
+
+@pytest.fixture(scope="module")
+def artifact(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = RunConfig(catalog=data / "catalogs/binance-2024-08-08")
+    p = plan(config, resolve(config))
+    return train(p.training, out=tmp_path_factory.mktemp("models") / "artifact", seed=7, members=config.train)
+
+
+def recorded(data: Path, artifact: Path, out: Path, **more: Any) -> tuple[Plan, fast.Recorded]:
+    config = RunConfig(catalog=data / "catalogs/binance-2024-08-08", artifacts=artifact, rule=False, **more)
+    p = plan(config, resolve(config))
+    return p, fast.Recorded(fast.record(p, Engine.load(artifact, p.instruments), out))
+
+
+class Nobody:
+    def add_to(self, _actor: Any, _strategy: Any) -> None:
+        pass
+
+
+def engine_alone(p: Plan) -> float:
+    began = time.process_time()
+    _, node, _ = run_backtest(Nobody(), fast._replay(p), Faults())
+    took = time.process_time() - began
+    node.dispose()
+    return took
+
+
+def played(p: Plan, r: fast.Recorded) -> float:
+    began = time.process_time()
+    traded = fast.trade(p, r)
+    took = time.process_time() - began
+    assert traded.summary["fills"] > 100
+    return took
+
+
+def test_a_run_of_a_sweep_costs_little_more_than_the_engine(benchmark: Any, data: Path, artifact: Path, tmp_path: Path) -> None:
+    p, r = recorded(data, artifact, tmp_path / "recorded")
+    took: dict[str, list[float]] = {"engine": [], "fast": []}
+
+    def turn() -> None:
+        took["engine"].append(engine_alone(p))
+        took["fast"].append(played(p, r))
+
+    benchmark.pedantic(turn, rounds=ROUNDS, iterations=1)
+    best = {name: min(v) for name, v in took.items()}
+    benchmark.extra_info |= {f"{name} events/s": round(p.streamed / v) for name, v in best.items()}
+    benchmark.extra_info["ratio"] = round(best["engine"] / best["fast"], 3)
+    print(benchmark.extra_info)
+    assert benchmark.extra_info["ratio"] >= 0.5
+
+
+def resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+
+def test_a_thousand_runs_in_one_worker_grow_it_by_less_than_50_mb(benchmark: Any, data: Path, artifact: Path, tmp_path: Path) -> None:
+    """The slope over the later three quarters of the runs, of a short part of the recording."""
+    first = 1_723_161_254_152_322_667
+    p, r = recorded(data, artifact, tmp_path / "recorded", end=first + 330 * 10**9, start=first + 200 * 10**9)
+    size = []
+
+    def runs() -> None:
+        for _ in range(RUNS):
+            fast.trade(p, r)
+            tidy()
+            size.append(resident_mb())
+
+    benchmark.pedantic(runs, rounds=1, iterations=1)
+    later = np.array(size[RUNS // 4 :])
+    slope = float(np.polyfit(np.arange(len(later)), later, 1)[0])
+    told = {"runs": RUNS, "MB at first": size[0], "MB at last": size[-1], "MB a thousand runs": 1000 * slope}
+    benchmark.extra_info |= {k: round(v, 1) for k, v in told.items()}
+    print(benchmark.extra_info)
+    assert 1000 * slope < 50
