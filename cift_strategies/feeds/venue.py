@@ -94,6 +94,8 @@ class Market:
                         event(*row)
                         if n % 512 == 511:
                             await asyncio.sleep(0)  # orders go first
+                    if len(events):
+                        self.matching.newest = int(events["ts_init"][-1])
                 await asyncio.sleep(0)
         finally:
             wire.close()

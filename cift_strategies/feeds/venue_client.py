@@ -1,8 +1,8 @@
 """Nautilus's side of the test venue: an execution client over its line protocol.
 
-:func:`client` takes the venue's address and the instruments; gives what a node is built with. Every report is handed on once, in the venue's
-order; a line that is lost is made anew and begins after the newest report seen. What was on its way when the line was lost: cancels and
-reduce-only orders are sent again (the venue does nothing twice), an order that would open something is rejected.
+:func:`client` takes the venue's address and the instruments; gives what a node is built with. Every report is handed on once, in the
+venue's order; a line that is lost is made anew and begins after the newest report seen. What was on its way when the line was lost: cancels
+and reduce-only orders are sent again (the venue does nothing twice), an order that would open something is rejected.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from nautilus_trader.model import (
 )
 
 from catalog.errors import InputError
-from catalog.events import SCALE, Instrument
+from catalog.events import Instrument
 from cift_strategies.feeds.databento import address
 from cift_strategies.feeds.venue import DEMO_KEY, ENV_KEY, LINE, answer
 from cift_strategies.feeds.venue_matching import Fill, Order, Report
@@ -122,7 +122,7 @@ class VenueClient(ExecutionClient):
         self._table = {x.id: x for x in config.instruments}
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
-        self._numbers, self._seen, self._reconciled = 0, 0, False
+        self._numbers, self._told, self._seen, self._reconciled = 0, 0, 0, False
         self._early: list[Report] = []  # told before the node has reconciled
         self._asked: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._groups: dict[int, list[Any]] = {}  # submitted together, of which nothing was heard yet
@@ -135,7 +135,7 @@ class VenueClient(ExecutionClient):
     # --- the line -------------------------------------------------------------------------------------------------------------------------
 
     async def _connect(self) -> None:
-        self._seen = await self._login(None)
+        self._told = self._seen = await self._login(None)
         self.create_task(self._run(), "venue")
         await self._tell_account()
 
@@ -178,7 +178,7 @@ class VenueClient(ExecutionClient):
             for asked in self._asked.values():
                 asked.cancel()
             self._asked.clear()
-            newest = await self._login(self._seen)
+            newest = await self._login(self._told)
             self._link.counts["reconnects"] += 1
             await self._catch_up(newest)
             self._resume()
@@ -186,7 +186,7 @@ class VenueClient(ExecutionClient):
     async def _catch_up(self, newest: int) -> None:
         """Hear what was missed."""
         assert self._reader is not None
-        while self._seen < newest:
+        while self._told < newest:
             try:
                 self._take(json.loads(await self._reader.readuntil(b"\n")))
             except (OSError, asyncio.IncompleteReadError):
@@ -236,6 +236,7 @@ class VenueClient(ExecutionClient):
     def _take(self, told: dict[str, Any]) -> None:
         if "report" in told:
             report = Report.parse(told["report"])
+            self._told = max(self._told, report.seq)
             if not self._reconciled:
                 self._early.append(report)
             else:

@@ -2,7 +2,8 @@
 
 Takes EVENT rows and commands; gives :class:`Report`s, each with the whole order after it, so that the reports alone make the books again.
 An order that rests is filled when trades have gone through what was displayed before it, or when the market trades or quotes through its
-price; one that crosses takes what is displayed. The market does not notice us. Sizes and prices are ints in 1e-9 units, times ns of the wall.
+price; one that crosses takes what is displayed. The market does not notice us. Sizes and prices are ints in 1e-9 units, times ns of the
+wall.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ class Matching:
         self.positions = dict.fromkeys(self.ids, 0)
         self.cash: dict[str, float] = {x.currency: 0.0 for x in instruments}  # earned and paid, fees included
         self.fills: list[Report] = []
-        self.seq, self.events = 0, 0
+        self.seq, self.newest = 0, 0
         self._working: dict[str, dict[str, Order]] = {x: {} for x in self.ids}
         self._places: dict[str, _Place] = {}
         self._tell, self._clock, self._numbers, self._trades = tell, clock, 0, 0
@@ -340,7 +341,6 @@ class Matching:
 
     def event(self, k: int, action: int, side: int, price: int, size: int, order_id: int, flags: int) -> None:
         """One EVENT row of instrument `k`."""
-        self.events += 1
         name = self.ids[k]
         book, ours = self.books[name], self._working[name]
         if action == TRADE:
@@ -421,9 +421,10 @@ class Matching:
         return found
 
     def status(self) -> dict[str, Any]:
-        """Everything: orders, fills, positions (1e-9 units), cash by currency, and the newest report that is in it."""
+        """Everything: orders, fills, positions (1e-9 units), cash by currency, the newest report that is in it; best bids and asks, and the
+        newest stamp of the market."""
         return {
             "seq": self.seq, "ts": self._clock(), "orders": [asdict(o) for o in self.orders.values()],
             "fills": [r.told() for r in self.fills], "positions": self.positions, "cash": self.cash,
-            "market": {name: book.told() for name, book in self.books.items()}, "events": self.events,
+            "market": {name: book.told() for name, book in self.books.items()}, "newest": self.newest,
         }  # fmt: skip
