@@ -137,6 +137,7 @@ class EnsembleStrategy(Strategy):
         self.signals = 0
         self._next_mark = 0
         self._alerts = 0
+        self._foreign = False  # whether the venue has orders or positions that are not ours
         self._digest = hashlib.sha256()
 
     @property
@@ -174,6 +175,9 @@ class EnsembleStrategy(Strategy):
     def on_start(self) -> None:
         if self.recovery is not None:
             self.recovery.begin()
+        else:
+            for k in range(len(self.ids)):
+                self.compare(k)
         self.subscribe_topic(FEATURES, self.on_features)
         self.subscribe_topic(PREDICTIONS, self.on_prediction)
 
@@ -449,6 +453,9 @@ class EnsembleStrategy(Strategy):
 
     def on_order_event(self, event: Any) -> None:
         kind, order_id = type(event).__name__, event.client_order_id
+        if order_id not in self.orders:  # somebody else's, or one of a venue that makes orders for us
+            self._foreign = True
+            return
         k, role, number = self.orders[order_id]
         self.order_types[kind] += 1
         self._note(kind, number, role, event)
@@ -466,6 +473,25 @@ class EnsembleStrategy(Strategy):
         if kind in _CLOSING:
             self._settle(k)
 
+    def on_position_event(self, event: Any) -> None:
+        if self._foreign:
+            self.compare(self.ids.index(event.instrument_id))
+
+    def held(self, k: int) -> int:
+        """What the venue holds of instrument `k`, 1e-9 units."""
+        return sum(p.quantity.raw // UNIT * (1 if p.is_long else -1) for p in self.cache.positions_open(instrument_id=self.ids[k]))
+
+    def compare(self, k: int) -> str:
+        """Halt entries while the venue holds something else of instrument `k` than our fills make; how they differ."""
+        held, ours, cause = self.held(k), self.ledger.positions[k].size, f"venue {k}"
+        if held == ours:
+            self.release(cause)
+            return ""
+        self._foreign = True
+        why = f"{self.terms.instruments[k].id}: the venue holds {held / SCALE:g}, the journal {ours / SCALE:g}"
+        self.halt(cause, why)
+        return why
+
     def _note(self, kind: str, number: int, role: str, event: Any) -> None:
         """Into the digest goes all that does not depend on the run: no ids, no wall clock."""
         parts = [kind, str(number), role, str(event.instrument_id), str(event.ts_event)]
@@ -477,11 +503,13 @@ class EnsembleStrategy(Strategy):
         """SHA-256 over the ordered order events without run-dependent ids."""
         return self._digest.hexdigest()
 
-    def _filled(self, k: int, role: str, number: int, event: Any) -> None:
+    def _filled(self, k: int, role: str, number: int, event: Any, most: int | None = None) -> None:
+        """`most`: what of the fill is not known yet, 1e-9 units; None: all of it."""
         x, trade = self.terms.instruments[k], self.trades[k]
         side = 1 if event.order_side == OrderSide.BUY else -1
-        size, price = event.last_qty.raw // UNIT, event.last_px.raw / UNIT / SCALE
-        fee = event.commission.as_double() if event.commission is not None else 0.0
+        whole, price = event.last_qty.raw // UNIT, event.last_px.raw / UNIT / SCALE
+        size = whole if most is None else min(whole, most)
+        fee = event.commission.as_double() * (size / whole) if event.commission is not None else 0.0
         ts, units = self._stamp(event.ts_event), size / SCALE
         vector = self.last[k]
         mid = math.nan if vector is None else float(vector.rows[-1, MID])

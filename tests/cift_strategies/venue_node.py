@@ -90,6 +90,7 @@ class Director:
 
     def status(self) -> dict[str, Any]:
         s, (p,) = self.strategy, self.strategy.ledger.positions
+        s.faults.reraise()
         cache = s.cache
         trade, account = s.trades[0], cache.account(AccountId(f"{venue_client.NAME}-001"))
         return {
@@ -101,6 +102,10 @@ class Director:
             "equity": None if account is None else account.balance_total(Currency.from_str("USD")).as_double(),
             "seen": s.last[0].ts if s.last[0] else 0,
         }  # fmt: skip
+
+    def look(self):
+        c = self.strategy.cache
+        return [str((o.client_order_id, o.strategy_id, o.status, o.filled_qty, str(o.trade_ids))) for o in c.orders()] + [str((p.strategy_id, p.quantity, p.id)) for p in c.positions()] + [repr(self.strategy.faults.first)]
 
     def stop(self) -> None:
         self.done.set()

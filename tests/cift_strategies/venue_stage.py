@@ -284,6 +284,7 @@ class Node:
         self._file.flush()
         while "answer" not in (told := self._line()):
             self.heard.append(told)
+        assert not isinstance(told["answer"], dict) or "error" not in told["answer"], told
         return told["answer"]
 
     def hear(self, event: str, role: str | None = None, times: int = 1) -> dict[str, Any]:
