@@ -310,6 +310,11 @@ class EnsembleStrategy(Strategy):
         if self.trades[k] is not None:
             self._decline("in a position")
             return
+        vector = self.last[k]
+        mid = math.nan if vector is None else float(vector.rows[-1, MID])
+        if reason := self.ledger.beyond(k, signal.size, mid):
+            self._decline(reason)
+            return
         crossing = signal.entry == "cross"
         orders = self.order_factory.bracket(
             self.ids[k], OrderSide.BUY if signal.side > 0 else OrderSide.SELL, self._quantity(x, signal.size),
@@ -318,8 +323,6 @@ class EnsembleStrategy(Strategy):
             sl_trigger_price=self._price(x, signal.stop),
         )  # fmt: skip
         roles = ("entry", "stop", "target")
-        vector = self.last[k]
-        mid = math.nan if vector is None else float(vector.rows[-1, MID])
         ids = {role: order.client_order_id for role, order in zip(roles, orders)}
         if self.terms.journal is not None:
             prices, first = (signal.limit, signal.stop, signal.target), self.numbers

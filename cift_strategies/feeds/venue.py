@@ -351,15 +351,17 @@ def main(
     books: Annotated[Path | None, typer.Option(help="File that keeps the account when the venue ends.")] = None,
     fault: Annotated[list[str] | None, typer.Option(help="What to do wrong: kind@after:amount, like drop@5 or race:2.")] = None,
     capital: Annotated[float, typer.Option(help="Starting balance of each currency.")] = 1_000_000.0,
+    gateway_key: Annotated[str | None, typer.Option(help="Key of the gateway; else DATABENTO_API_KEY, else its demo key.")] = None,
     with_parent: Annotated[bool, typer.Option("--with-parent", hidden=True, help="End when standard input ends.")] = False,
 ) -> None:
-    """Take orders and fill them against a gateway's market. Keys: CIFT_VENUE_KEY of clients, DATABENTO_API_KEY of the gateway."""
+    """Take orders and fill them against a gateway's market. Clients must know CIFT_VENUE_KEY, or else the demo key."""
     from cift_strategies.feeds.databento import address
     from cift_strategies.feeds.gateway import DEMO_KEY as GATEWAY_KEY
 
     key, faults, traded = os.environ.get(ENV_KEY) or DEMO_KEY, [Fault.parse(f, FAULTS) for f in fault or ()], table(instruments)
     made = Venue(traded, host=host, port=port, key=key, books=books, faults=faults, capital=capital)
-    market = Market(traded, dataset, address(dataset, gateway), os.environ.get("DATABENTO_API_KEY") or GATEWAY_KEY, made.matching)
+    knows = gateway_key or os.environ.get("DATABENTO_API_KEY") or GATEWAY_KEY
+    market = Market(traded, dataset, address(dataset, gateway), knows, made.matching)
     asyncio.run(_run(made, market, with_parent))
 
 

@@ -173,8 +173,11 @@ class Matching:
     # --- commands ---------------------------------------------------------------------------------------------------------------------
 
     def submit(self, orders: Sequence[Order], reject: str = "") -> None:
-        """Take orders that belong together. Raises InputError, and takes none, where an id is known already: nothing is done twice."""
+        """Take orders that belong together. Raises InputError, and takes none, where an id is known already (nothing is done twice) or an
+        instrument is not traded here."""
         for o in orders:
+            if o.instrument not in self.instruments:
+                raise InputError(f"{o.instrument} is not traded here")
             if o.client and o.client in self.known:
                 raise InputError(f"order {o.client} is known already")
         for o in orders:
@@ -230,9 +233,7 @@ class Matching:
 
     def _wrong(self, o: Order, parent: Order | None) -> str:
         """Why an order cannot be taken, or nothing."""
-        x = self.instruments.get(o.instrument)
-        if x is None:
-            return f"{o.instrument} is not traded here"
+        x = self.instruments[o.instrument]
         if self.books[o.instrument].best(1) is None and self.books[o.instrument].best(-1) is None:
             return f"{o.instrument} has no market yet"
         if o.side not in (1, -1) or o.kind not in KINDS or o.life not in LIVES:

@@ -94,18 +94,15 @@ class Director:
         cache = s.cache
         trade, account = s.trades[0], cache.account(AccountId(f"{venue_client.NAME}-001"))
         return {
-            "size": p.size // SCALE, "average": p.average, "realised": p.realised, "fees": p.fees, "pnl": s.ledger.pnl("USD"), "fills": len(s.fills),
+            "size": p.size // SCALE, "average": p.average, "realised": p.realised, "fees": p.fees, "pnl": s.ledger.pnl("USD"),
+            "fills": len(s.fills), "decisions": dict(s.decisions),
             "halts": dict(s.halts), "open": sorted(str(o.client_order_id) for o in cache.orders_open()), "link": dict(self.link.counts),
-            "lost": self.link.lost, "trade": None if trade is None else {"leaving": trade.leaving, "ids": {r: str(i) for r, i in trade.ids.items()}},
+            "lost": self.link.lost, "trade": None if trade is None else {r: str(i) for r, i in trade.ids.items()},
             "held": sum(p.quantity.as_double() * (1 if p.is_long else -1) for p in cache.positions_open()),
             "closed": [list(row) for row in s.positions], "waits": sorted(s.recovery.waits) if s.recovery else [],
             "equity": None if account is None else account.balance_total(Currency.from_str("USD")).as_double(),
             "seen": s.last[0].ts if s.last[0] else 0,
         }  # fmt: skip
-
-    def look(self):
-        c = self.strategy.cache
-        return [str((o.client_order_id, o.strategy_id, o.status, o.filled_qty, str(o.trade_ids))) for o in c.orders()] + [str((p.strategy_id, p.quantity, p.id)) for p in c.positions()] + [repr(self.strategy.faults.first)]
 
     def stop(self) -> None:
         self.done.set()

@@ -1,4 +1,4 @@
-"""A market of one share that a test moves by hand: a file of orders, the gateway that plays it as far as it is told, the venue beside it."""
+"""A market of one share that a test moves by hand: a file of orders, a gateway that plays it as far as it is told, a venue beside it."""
 
 from __future__ import annotations
 
