@@ -149,14 +149,15 @@ class VenueClient(ExecutionClient):
         for n in range(1_000_000):
             try:
                 async with asyncio.timeout(CONNECT_S):
-                    self._reader, self._writer = await asyncio.open_connection(self.config.host, self.config.port, limit=LINE)
-                    greeting = json.loads(await self._reader.readuntil(b"\n"))
-                    self._send(do="login", answer=answer(greeting["challenge"], self._key), seen=seen)
-                    told = json.loads(await self._reader.readuntil(b"\n"))
+                    reader, writer = await asyncio.open_connection(self.config.host, self.config.port, limit=LINE)
+                    greeting = json.loads(await reader.readuntil(b"\n"))
+                    login = {"do": "login", "answer": answer(greeting["challenge"], self._key), "seen": seen}
+                    writer.write(json.dumps(login).encode() + b"\n")
+                    told = json.loads(await reader.readuntil(b"\n"))
                 if "error" in told:
                     self._link.fault = InputError(f"the venue at {where} does not let us in: {told['error']}")
                     raise self._link.fault
-                self._link.lost = ""
+                self._reader, self._writer, self._link.lost = reader, writer, ""
                 return int(told["seq"])
             except (OSError, TimeoutError, asyncio.IncompleteReadError) as e:
                 wait = WAITS[min(n, len(WAITS) - 1)]
@@ -214,7 +215,9 @@ class VenueClient(ExecutionClient):
         self._writer.write(json.dumps(what, separators=(",", ":")).encode() + b"\n")
 
     async def _ask(self, **what: Any) -> dict[str, Any]:
-        """Send a command and wait for its answer. Raises OSError where the line is lost meanwhile."""
+        """Send a command and wait for its answer. Raises OSError where the line is lost, or lost meanwhile."""
+        if self._link.lost:
+            raise ConnectionError(self._link.lost)
         self._numbers += 1
         found = self._asked[self._numbers] = asyncio.get_running_loop().create_future()
         self._send(id=self._numbers, **what)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Literal
 
+from nautilus_trader.model import Currency
+
 from catalog.errors import InputError
 from catalog.events import F_LAST, F_SNAPSHOT, SCALE, TRADE, Instrument
 from cift_strategies.feeds.venue_books import Book
@@ -25,7 +27,7 @@ ENDED: Final = frozenset({"rejected", "canceled", "filled"})
 
 @dataclass(slots=True)
 class Order:
-    """As it is told on the line. `held`: a child whose parent has not filled; `linked`: its siblings, of which one cancels the other."""
+    """As it is told on the line. `held`: a child whose parent has not filled, or any order before there is a market; `linked`: its siblings, of which one cancels the other."""
 
     client: str  # the client's id; one without is named by the venue
     instrument: str
@@ -83,7 +85,7 @@ class Fill:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """`kind`: accepted, rejected, canceled, updated, triggered, filled, cancel_rejected, modify_rejected."""
+    """`kind`: held, accepted, rejected, canceled, updated, triggered, filled, cancel_rejected, modify_rejected."""
 
     seq: int
     ts: int
@@ -191,12 +193,17 @@ class Matching:
                 self._end(o, "rejected", wrong)
             elif o.status == "accepted" and parent is not None and not parent.filled:
                 if parent.open:
-                    o.status = "held"
-                    self._keep(o)
+                    self._hold(o)
                 else:
                     self._end(o, "rejected", f"its parent {parent.client} is {parent.status}")
+            elif o.open and not any(self.books[o.instrument].levels.values()):
+                self._hold(o)  # until there is a market
             elif o.open:
                 self._accept(o)
+
+    def _hold(self, o: Order) -> None:
+        o.status = "held"
+        self._report("held", o)
 
     def cancel(self, name: str, races: bool = False) -> None:
         """Cancel the order of that client's or venue's id; `races`: it is filled before that. KeyError where nobody knows it."""
@@ -234,8 +241,6 @@ class Matching:
     def _wrong(self, o: Order, parent: Order | None) -> str:
         """Why an order cannot be taken, or nothing."""
         x = self.instruments[o.instrument]
-        if self.books[o.instrument].best(1) is None and self.books[o.instrument].best(-1) is None:
-            return f"{o.instrument} has no market yet"
         if o.side not in (1, -1) or o.kind not in KINDS or o.life not in LIVES:
             return f"this venue takes {', '.join(KINDS)} orders of either side, {', '.join(LIVES)}"
         if o.size <= 0 or o.size % x.lot:
@@ -295,7 +300,8 @@ class Matching:
         x = self.instruments[o.instrument]
         units, at = size / SCALE, price / SCALE
         self._trades += 1
-        fee = round((x.maker_fee if maker else x.taker_fee) * units * at * x.multiplier + x.fee_per_unit * units, 8)
+        owed = (x.maker_fee if maker else x.taker_fee) * units * at * x.multiplier + x.fee_per_unit * units
+        fee = round(owed, Currency.from_str(x.currency).precision)
         fill = Fill(f"T-{self._trades}", size, price, fee, maker)
         o.filled += size
         o.paid += at * units
@@ -397,6 +403,8 @@ class Matching:
         """At the end of an event: stops that are due, resting orders that the market has come through."""
         book = self.books[name]
         for o in list(self._working[name].values()):
+            if o.status == "held" and o.parent is None and any(book.levels.values()):
+                self._accept(o)
             if not o.works:
                 continue
             if o.kind == "stop" or o.venue not in self._places:  # of before a restart: it goes to the end of its queue

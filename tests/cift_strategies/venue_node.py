@@ -54,6 +54,7 @@ class Director:
     def __init__(self, port: int, strategy: Any, journal: Journal, link: Any) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port))
         self.strategy, self.journal, self.link, self.done = strategy, journal, link, asyncio.Event()
+        self.said: list[str] = []
 
     def tell(self, **what: Any) -> None:
         self.socket.sendall(json.dumps(what).encode() + b"\n")
@@ -99,7 +100,7 @@ class Director:
             "halts": dict(s.halts), "open": sorted(str(o.client_order_id) for o in cache.orders_open()), "link": dict(self.link.counts),
             "lost": self.link.lost, "trade": None if trade is None else {r: str(i) for r, i in trade.ids.items()},
             "held": sum(p.quantity.as_double() * (1 if p.is_long else -1) for p in cache.positions_open()),
-            "closed": [list(row) for row in s.positions], "waits": sorted(s.recovery.waits) if s.recovery else [],
+            "said": self.said, "closed": [list(row) for row in s.positions], "waits": sorted(s.recovery.waits) if s.recovery else [],
             "equity": None if account is None else account.balance_total(Currency.from_str("USD")).as_double(),
             "seen": s.last[0].ts if s.last[0] else 0,
         }  # fmt: skip
@@ -130,12 +131,12 @@ def live(state: Path, live: str, venue: str, port: int, resting: Any = "resend",
         said: list[str] = []
         recover(system.strategy, journal, False, resting, said.append)
         director = Director(port, system.strategy, journal, broker.config.link)
-        system.strategy.tell = director.tell
+        system.strategy.tell, director.said = director.tell, said
         node = live_node(system, [feed], [broker], False)
         director.tell(said=said)
         asyncio.run(run(node, director))
         journal.close(system.strategy.flat)
-        director.tell(ended=director.status() | {"said": said})
+        director.tell(ended=director.status())
 
 
 def main() -> None:
