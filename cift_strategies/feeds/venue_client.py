@@ -375,6 +375,8 @@ class VenueClient(ExecutionClient):
         await self._tell_account()
 
     async def _query_order(self, command: Any) -> None:
+        if self._link.lost:
+            return  # what was missed is told when it is back
         for o, fills in await self._orders():
             if o.client == str(command.client_order_id):
                 self._handle_report(self._order_report(o), fills)

@@ -32,10 +32,9 @@ def actors(company: Actors) -> Iterator[Actors]:
 
 
 def tape() -> Tape:
-    """At 10 ms 250 of the 300 at the touch are sold, at 20 ms 100 more; at 30 ms another 80; then the market goes up through the target."""
+    """By 10 ms 250 of the 300 at the touch are sold, at 20 ms 100 more; at 30 ms another 80; then the market goes up through the target."""
     t = Tape()
-    t.cancel(6, t.add(5, -1, ASK, 10))  # so that there is a quote: a snapshot makes none
-    for ms, size in ((10, 250), (20, 100), (30, 80)):
+    for ms, size in ((6, 1), (10, 249), (20, 100), (30, 80)):  # the first gives the node a price for market orders
         t.trade(ms, -1, size)
     t.add(40, 1, BID - 1, 7)
     t.trade(50, 1, 300 + 40)
@@ -55,7 +54,7 @@ def played(tmp_path: Path) -> Iterator[Stage]:
 def flickering(tmp_path: Path) -> Iterator[Stage]:
     t = Tape()
     for ms in range(1, 9):
-        t.add(ms, -1, ASK, 10)
+        t.trade(ms, -1, 1)
     with stage(tmp_path, t) as found:
         yield found
 

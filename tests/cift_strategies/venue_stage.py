@@ -33,7 +33,7 @@ OPEN: Final = int(dt.datetime(2024, 1, 2, 15, tzinfo=dt.UTC).timestamp()) * SCAL
 TICK: Final = SCALE // 100
 SHARE: Final = Instrument("SHARE.XNAS", TICK, SCALE, 1.0, "USD", kind="equity", maker_fee=1e-5, taker_fee=3e-5, fee_per_unit=0.001)
 STILL: Final = 1e-9  # a speed at which nothing happens
-GUARD_S: Final = 20.0  # against hanging, nothing more
+GUARD_S: Final = 60.0  # against hanging, nothing more
 BID, ASK = 10_000, 10_001  # ticks, at the start
 _dbn: Any = importlib.import_module("databento_dbn")
 
