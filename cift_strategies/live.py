@@ -178,6 +178,7 @@ def test_venue(config: LiveConfig, ready: Prepared, beside: Beside, told: dict[s
     folder.mkdir(exist_ok=True)
     table = folder / "instruments.json"
     table.write_text(json.dumps([asdict(replace(x, pauses=())) for x in ready.instruments]))
+    market: tuple[str, ...]
     if config.feed == "replay":
         market = ("--gateway", told["live"], "--dataset", told["dataset"], "--gateway-key", DEMO_KEY)
     else:

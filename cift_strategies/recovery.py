@@ -132,8 +132,8 @@ class Recovery:
             if name not in self._index:
                 continue
             ended = bool(events) and events[-1] in ENDED
-            if s.cache.order_exists(id_):
-                k, order = self._index[name], s.cache.order(id_)
+            if (order := s.cache.order(id_)) is not None:
+                k = self._index[name]
                 s.orders[id_] = (k, role, number)
                 if trade in open_:
                     open_[trade].ids[role] = id_

@@ -245,7 +245,7 @@ class VenueClient(ExecutionClient):
             else:
                 self._hear(report)
             return
-        number = told.get("answer")
+        number = int(told.get("answer") or 0)
         if (asked := self._asked.get(number)) is not None and not asked.done():
             asked.set_result(told)
         group = self._groups.pop(number, None)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from venue_stage import ASK, BID, GUARD_S, OPEN, ROOT, SHARE, TICK, Actors, Ear, Node, Stage, Tape, order, stage
+from venue_stage import ASK, BID, GUARD_S, ROOT, SHARE, Actors, Ear, Node, Stage, Tape, order, stage
 
 from catalog.errors import InputError
 from catalog.events import SCALE
@@ -114,7 +114,6 @@ def test_acknowledgements_may_come_after_the_cancel_was_sent(played: Stage, acto
     node.ask("give_up")
     node.hear("OrderCanceled", "entry")
     assert node.until(lambda s: s["trade"] is None)["decisions"] == {"entered": 1, "entry not filled": 1}
-    assert [r["kind"] for r in ear.hear(lambda r: r["order"]["kind"] == "stop") and ear.heard][:2] == ["accepted", "canceled"]
     agree(node, played)
     node.stop()
 
@@ -271,8 +270,9 @@ def test_a_line_begins_where_the_client_says_and_tells_each_report_once(played: 
     ("asked", "why"),
     [
         ({"do": "dance"}, "none of submit"), ({"do": "cancel"}, "missing"), ({"do": "cancel", "order": "nobody"}, "nobody is not known"),
-        ({"do": "submit", "orders": [{"client": "a"}]}, "no order"), ({"do": "submit", "orders": [order("a", 1, 1) | {"size": 1.5}]}, "whole"),
-        ({"do": "submit", "orders": [order("a", 1, 1) | {"instrument": "NO.XNAS"}]}, "not traded here"), ({"do": "fault", "fault": "flood"}, "none of"),
+        ({"do": "submit", "orders": [{"client": "a"}]}, "no order"), ({"do": "fault", "fault": "flood"}, "none of"),
+        ({"do": "submit", "orders": [order("a", 1, 1) | {"size": 1.5}]}, "whole"),
+        ({"do": "submit", "orders": [order("a", 1, 1) | {"instrument": "NO.XNAS"}]}, "not traded here"),
     ],
 )  # fmt: skip
 def test_a_command_that_is_none_changes_nothing(line: Ear, asked: dict[str, Any], why: str) -> None:
@@ -310,4 +310,3 @@ def test_a_wrong_command_line_costs_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cift_strategies.feeds.venue", "--gateway", "x:1", "--dataset", "D", "--instruments", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=GUARD_S)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "instrument" in done.stderr
-    assert OPEN and TICK
