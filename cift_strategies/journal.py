@@ -198,6 +198,8 @@ class Journal:
 
     def learned(self, version: str, weights: bytes) -> None:
         """What the ensemble of the models `version` has learned so far; the newest of each version is kept."""
+        if self._closed:  # models that were loaded as the session ended
+            return
         rows: list[tuple[str, Sequence[Any]]] = [("learned", (version, time.time_ns(), weights))]
         if version != self._version:
             rows.append(("models", (self.session, time.time_ns(), version)))

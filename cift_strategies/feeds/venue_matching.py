@@ -27,7 +27,7 @@ ENDED: Final = frozenset({"rejected", "canceled", "filled"})
 
 @dataclass(slots=True)
 class Order:
-    """As it is told on the line. `held`: a child whose parent has not filled, or any order before there is a market; `linked`: its siblings,
+    """As it is told on the line. `held`: a child whose parent has not filled, or an order before there is a market; `linked`: its siblings,
     of which one's end ends the other."""
 
     client: str  # the client's id; one without is named by the venue
