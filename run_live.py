@@ -15,13 +15,13 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command(help=__doc__)
 def live(
     feed: Annotated[str | None, typer.Option(help="replay (default, needs no key), databento or polygon")] = None,
-    venue: Annotated[str | None, typer.Option(help="sandbox (default), or package.module:Factory of an execution client")] = None,
+    venue: Annotated[str | None, typer.Option(help="sandbox (default), test, or package.module:Factory of an execution client")] = None,
     artifacts: Annotated[Path | None, typer.Option(help="trained models; default: the demo's, trained at the first start")] = None,
     speed: Annotated[float | None, typer.Option(help="how fast a replay's time runs; 0: as fast as it is read; default 1")] = None,
     duration: Annotated[float | None, typer.Option(help="seconds until the session ends; default: Ctrl-C, or the replay's end")] = None,
     state: Annotated[Path | None, typer.Option(help="folder with the journal and the report; default out/live")] = None,
     port: Annotated[int | None, typer.Option(help="of the page and the API; default 0: any free one")] = None,
-    real: Annotated[bool, typer.Option("--live", help="send real orders to a --venue that is not the sandbox; asks first")] = False,
+    real: Annotated[bool, typer.Option("--live", help="send real orders to a --venue of your own; asks first")] = False,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda")] = None,
     seed: Annotated[int | None, typer.Option(help="of the demo market and of training; default 7")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML with the same settings and more; the command line goes first")] = None,

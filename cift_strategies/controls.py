@@ -108,6 +108,7 @@ class Watch(DataActor):
     def __init__(
         self, strategy: EnsembleStrategy, serving: Serving, health: Health, name: str, say: Callable[[str], object],
         late_ms: float = 2_000.0, ahead_ms: float = 500.0, model_ms: float = 2_000.0, restamp: bool = False,
+        venue: Any = None,
     ) -> None:  # fmt: skip
         super().__init__(DataActorConfig(actor_id=ActorId("CIFT-WATCH")))
         self.strategy, self.serving, self.name, self._say = strategy, serving, name, say
@@ -116,6 +117,7 @@ class Watch(DataActor):
         self.health = health  # told by the feed's client
         self._places = {InstrumentId.from_str(x.id): k for k, x in enumerate(strategy.terms.instruments)}
         self._restamp = restamp
+        self.venue = venue  # an execution client's link, that says since when its line is `lost`
         self.timings = {"receipt": Timing()}  # from the event's stamp to its features, by the wall; of the newest at each look
         self._lag_ns = self._seen = 0
         self.ends = 2**63 - 1  # when the stream ends, ns: silence after that is no fault
@@ -158,6 +160,7 @@ class Watch(DataActor):
         self._set("feed", quiet, f"feed {self.name} is silent")
         self._set("late", not quiet and self._lag_ns > self.late_ms * MS, f"feed {self.name} is late by {self._lag_ns / 1e9:.1f} s")
         self._set("clock", self._lag_ns < -self.ahead_ms * MS, f"the clock is behind the feed's by {-self._lag_ns / 1e9:.1f} s")
+        self._set("venue", self.venue is not None and bool(self.venue.lost), getattr(self.venue, "lost", ""))
         hangs = s.silent_ns() > self.model_ms * MS
         self._set("model", s.fault is not None or hangs, s.fault or f"no prediction for {s.silent_ns() / 1e9:.1f} s")
 

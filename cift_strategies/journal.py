@@ -78,6 +78,7 @@ class Past:
     closed: list[tuple[int, str, list[Any] | None]]  # trade, by, row of positions.parquet
     switch: tuple[str, str] = ("", "")
     counts: dict[str, int] = field(default_factory=dict)  # of order events
+    filled: dict[str, dict[str, int]] = field(default_factory=dict)  # client_order_id -> trade_id -> size, 1e-9 units
 
 
 class Journal:
@@ -197,6 +198,8 @@ class Journal:
 
     def learned(self, version: str, weights: bytes) -> None:
         """What the ensemble of the models `version` has learned so far; the newest of each version is kept."""
+        if self._closed:  # models that were loaded as the session ended
+            return
         rows: list[tuple[str, Sequence[Any]]] = [("learned", (version, time.time_ns(), weights))]
         if version != self._version:
             rows.append(("models", (self.session, time.time_ns(), version)))
@@ -278,7 +281,10 @@ class Journal:
         switch = ask("select state, reason from switches where account = ? order by rowid desc limit 1", a).fetchone() or ("", "")
         renewals = dict(ask("select trade, until from renewals where account = ?", a).fetchall())
         sessions = ask("select count(*) - 1 from sessions where account = ?", a).fetchone()[0]
-        return Past(int(sessions), signals, sent, told, steps, renewals, closed, switch, counts)
+        filled: dict[str, dict[str, int]] = {}
+        for own, execution, raw in ask("select client_order_id, trade_id, raw from fills where account = ?", a):
+            filled.setdefault(own, {})[execution] = raw
+        return Past(int(sessions), signals, sent, told, steps, renewals, closed, switch, counts, filled)
 
     def weights(self) -> dict[str, bytes]:
         """What was learned last, by version of the models."""

@@ -57,7 +57,7 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack) -> Path:
     state = config.state.resolve()
     from cift_strategies.journal import Journal
 
-    journal = Journal(state, config.model_dump_json(), "normal" if config.simulated else "full", not config.simulated)
+    journal = Journal(state, config.model_dump_json(), "normal" if config.paper else "full", not config.simulated)
     stack.callback(journal.close)
     ready = prepare(config)
     from cift_models.hmm import REGIMES
@@ -75,9 +75,10 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack) -> Path:
     stack.callback(beside.stop)
     pace: Pace | None = None
     ends: dict[int, int] = {}
+    told: dict[str, Any] = {}
     if config.feed == "replay":
         feed, told = replay(config, ready, beside, health)
-        pace, last = Pace(int(told["start"]), 0, config.speed), int(told["end"])
+        pace, last = Pace(int(told["start"]), 0, float(told.get("speed", config.speed))), int(told["end"])
         ends = dict.fromkeys(range(len(ready.instruments)), last)
     else:
         feed, last = real(config, ready, health), None
@@ -92,7 +93,7 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack) -> Path:
     serving = Serving(models, time.time_ns if pace is None else pace.now)
     stack.callback(serving.close)
     serving.on_learned = journal.learned
-    latency = round(config.order_latency_ms * 1e6)
+    latency = round(config.order_latency_ms * 1e6) if config.simulated else 0
     terms = Terms(
         tuple(ready.instruments), config.settings, config.limits, REGIMES, 0, ends, {}, latency, faults, pace=pace, journal=journal
     )
@@ -101,8 +102,10 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack) -> Path:
     stack.callback(display.close)
     journal.say = display.say
     recovered = recover(system.strategy, journal, config.simulated, config.resting, display.say)
+    brokers = venues(config, ready, latency, faults, beside, told)
+    link = getattr(brokers[0].config, "link", None)
     patience = config.late_ms, config.ahead_ms, config.model_ms
-    watch = Watch(system.strategy, serving, health, config.feed, display.say, *patience, feed.restamp)
+    watch = Watch(system.strategy, serving, health, config.feed, display.say, *patience, feed.restamp, link)
     about = {"mode": config.feed, "venue": config.venue, "speed": config.speed}
     switches = Switches(system.strategy, serving, watch, display.say, about)
     if recovered is not None and recovered.switch[0] in ("killed", "paused"):
@@ -110,7 +113,7 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack) -> Path:
     display.tell(switches.status)
     actors = [watch, *monitor(config, system, switches, stack, display.say)]
     node = live_node(
-        system, [feed], venues(config, ready, latency, faults), config.simulated, actors, engine_limits(config, ready.instruments)
+        system, [feed], brokers, config.simulated, actors, engine_limits(config, ready.instruments)
     )
     if (config.state / "kill").exists():
         switches.kill(f"the file {config.state / 'kill'} is there: remove it and resume")
@@ -127,6 +130,8 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack) -> Path:
     signal.signal(signal.SIGTERM, _interrupt)  # the loop has put the system's own in its place
     display.close()
     faults.reraise()
+    if link is not None and link.fault is not None:
+        raise link.fault
     journal.close(system.strategy.flat)
     with Steps("scores"):
         scored = serving.finish(SCORED_S)
@@ -134,15 +139,55 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack) -> Path:
 
 
 def replay(config: LiveConfig, ready: Prepared, beside: Beside, health: Health) -> tuple[Client, dict[str, Any]]:
-    """Start the gateway on the files; the Databento client of it, and what the gateway told."""
+    """Start the gateway on the files, or find the one that plays already; the Databento client of it, and what the gateway told."""
     from cift_strategies.feeds import databento
     from cift_strategies.feeds.gateway import DEMO_KEY
 
-    faults = [word for f in config.faults for word in ("--fault", f)]
-    asked = ("--dbn", *map(str, ready.files), "--speed", repr(config.speed), "--key", DEMO_KEY, "--with-parent", *faults)
-    told = beside.start("cift_strategies.feeds.gateway", *asked)
+    if config.gateway is None:
+        faults = [word for f in config.faults for word in ("--fault", f)]
+        listeners = 2 if config.venue == "test" and "address" not in config.venue_config else 1
+        asked = ("--speed", repr(config.speed), "--key", DEMO_KEY, "--clients", str(listeners), "--with-parent", *faults)
+        told = beside.start("cift_strategies.feeds.gateway", "--dbn", *map(str, ready.files), *asked)
+    else:
+        told = playing(config.gateway)
     live, historical = told["live"], told["historical"]
     return databento.client(ready.instruments, told["dataset"], DEMO_KEY, live=live, historical=historical, health=health), told
+
+
+def playing(gateway: str) -> dict[str, Any]:
+    """What a gateway that runs tells of itself. Raises InputError where there is none."""
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(f"{gateway.rstrip('/')}/clock", timeout=READY_S) as answer:
+            return dict(json.load(answer))
+    except (OSError, ValueError) as e:
+        raise InputError(f"gateway: nobody plays at {gateway} ({e}): start one, or leave it out") from None
+
+
+def test_venue(config: LiveConfig, ready: Prepared, beside: Beside, told: dict[str, Any]) -> Client:
+    """The test venue's client; the venue itself is started beside, with its books in the state folder, unless one runs already."""
+    from dataclasses import asdict, replace
+
+    from cift_strategies.feeds import databento, venue_client
+    from cift_strategies.feeds.gateway import DEMO_KEY
+
+    if "address" in config.venue_config:
+        return venue_client.client(ready.instruments, str(config.venue_config["address"]))
+    folder = config.state / "venue"
+    folder.mkdir(exist_ok=True)
+    table = folder / "instruments.json"
+    table.write_text(json.dumps([asdict(replace(x, pauses=())) for x in ready.instruments]))
+    market: tuple[str, ...]
+    if config.feed == "replay":
+        market = ("--gateway", told["live"], "--dataset", told["dataset"], "--gateway-key", DEMO_KEY)
+    else:
+        assert config.dataset is not None
+        market = ("--gateway", "{}:{}".format(*databento.address(config.dataset)), "--dataset", config.dataset)
+    faults = [word for f in config.venue_config.get("faults", ()) for word in ("--fault", f)]
+    account = ("--books", str(folder / "books.jsonl"), "--capital", repr(config.limits.capital))
+    found = beside.start("cift_strategies.feeds.venue", *market, "--instruments", str(table), *account, "--with-parent", *faults)
+    return venue_client.client(ready.instruments, found["venue"])
 
 
 def real(config: LiveConfig, ready: Prepared, health: Health) -> Client:
@@ -170,13 +215,17 @@ def _built(value: Any, where: str) -> Any:
     return value
 
 
-def venues(config: LiveConfig, ready: Prepared, latency_ns: int, faults: Any) -> list[Client]:
-    """The sandbox with the backtest's fees, latency and queue position, or the adapter that the config names."""
+def venues(
+    config: LiveConfig, ready: Prepared, latency_ns: int, faults: Any, beside: Beside | None = None, told: dict[str, Any] | None = None
+) -> list[Client]:
+    """The sandbox with the backtest's fees, latency and queue position, the test venue, or the adapter that the config names."""
     from cift_strategies.system import Client, sandbox
 
     if config.simulated:
         wall_ns = round(latency_ns / config.speed) if config.speed else 0
         return sandbox(ready.instruments, config.limits.capital, wall_ns, faults)
+    if config.venue == "test":
+        return [test_venue(config, ready, beside or Beside(), told or {})]
     arguments = dict(config.venue_config)
     name = arguments.pop("name", None)
     if "class" not in arguments or name is None:

@@ -28,9 +28,11 @@ class LiveConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     feed: Literal["replay", "databento", "polygon"] = "replay"
-    venue: str = "sandbox"  # or "package.module:Factory" of a Nautilus execution client
-    venue_config: dict[str, Any] = {}  # of such a venue: `class` "package.module:Config", `name`, and the config's own arguments
+    venue: str = "sandbox"  # or "test" (feeds.venue), or "package.module:Factory" of a Nautilus execution client
+    venue_config: dict[str, Any] = {}  # of such a client: `class` "package.module:Config", `name`, and the config's own arguments;
+    # of the test venue: `address` "host:port" of one that runs already, or `faults` of the one that is started
     live: bool = False  # send orders to a real venue
+    gateway: str | None = None  # "http://host:port" of a gateway that plays already: its historical address; None: one is started
     dbn: tuple[Path, ...] = ()  # what is replayed; empty: the demo's last session
     faults: tuple[str, ...] = ()  # what the replay's gateway does wrong, to rehearse it: "stall@5000:3", see feeds.mischief
     dataset: str | None = None  # of Databento
@@ -59,7 +61,13 @@ class LiveConfig(BaseModel):
 
     @property
     def simulated(self) -> bool:
+        """Whether the venue is in the node's process, and forgets with it."""
         return self.venue == "sandbox"
+
+    @property
+    def paper(self) -> bool:
+        """Whether no real orders are sent."""
+        return self.venue in ("sandbox", "test")
 
 
 @contextlib.contextmanager
@@ -98,8 +106,12 @@ def check(config: LiveConfig) -> None:
             raise InputError(f"--feed {config.feed} needs definitions: name a TOML as `instruments` in --config (see docs/instruments)")
         if config.feed == "databento" and config.dataset is None:
             raise InputError("--feed databento needs the dataset: write dataset = \"GLBX.MDP3\" or another in --config")
-    if not config.simulated:
+    if config.venue == "test":
+        _check_test_venue(config)
+    elif not config.simulated:
         _check_venue(config)
+    if config.gateway is not None and config.feed != "replay":
+        raise InputError(f"gateway: names who plays the replay; --feed {config.feed} has its own")
     if config.device == "cuda":
         from cift_strategies.backtest import need_cuda
 
@@ -108,9 +120,23 @@ def check(config: LiveConfig) -> None:
         _check_port(config.port)
 
 
+def _check_test_venue(config: LiveConfig) -> None:
+    from cift_strategies.feeds.mischief import Fault
+    from cift_strategies.feeds.venue import FAULTS
+
+    if config.feed == "polygon":
+        raise InputError("--venue test fills orders against a market in Databento's protocol: --feed polygon has none, use the sandbox")
+    if unknown := sorted(config.venue_config.keys() - {"address", "faults"}):
+        raise InputError(f"venue_config of the test venue knows address and faults, not {unknown[0]}")
+    if "address" in config.venue_config and "faults" in config.venue_config:
+        raise InputError("venue_config: a test venue that runs already (address) is told its faults over its line")
+    for fault in config.venue_config.get("faults", ()):
+        Fault.parse(fault, FAULTS)
+
+
 def _check_venue(config: LiveConfig) -> None:
     if ":" not in config.venue:
-        raise InputError(f'--venue {config.venue} is unknown: write sandbox, or an execution client\'s factory as "package.module:Factory"')
+        raise InputError(f'--venue {config.venue} is unknown: write sandbox, test, or a client\'s factory as "package.module:Factory"')
     imported(config.venue, "--venue")
     if not config.live:
         raise InputError(f"--venue {config.venue} takes real orders: add --live, or leave --venue out for the sandbox")
@@ -142,7 +168,7 @@ def _check_port(port: int) -> None:
 
 def confirm(config: LiveConfig, ask: Callable[[str], str] = input) -> None:
     """Have the user type the venue's name before real orders are sent. Raises InputError where it is not typed."""
-    if config.simulated:
+    if config.paper:
         return
     name = config.venue.partition(":")[2]
     limits = {n: getattr(config.limits, n) for n in ORDERS_NEED}

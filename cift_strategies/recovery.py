@@ -125,26 +125,47 @@ class Recovery:
         s, past, now = self.strategy, self._past, self.strategy.now()
         for _ in range(s.numbers):
             s.order_factory.generate_client_order_id()  # they carry a count: none is used twice, whatever the clock says
-        gone, open_ = 0, {t.number: t for t in s.trades if t is not None}
+        gone, missing, open_ = 0, [], {t.number: t for t in [*s.trades, *(t for _, t in self._unsent)] if t is not None}
         for number, trade, role, own, name in past.sent:
             id_ = ClientOrderId(own)
             events = past.told.get(own, [])
             if name not in self._index:
                 continue
-            if s.cache.order_exists(id_) and not s.cache.is_order_closed(id_):
-                s.orders[id_] = (self._index[name], role, number)
+            ended = bool(events) and events[-1] in ENDED
+            if (order := s.cache.order(id_)) is not None:
+                k = self._index[name]
+                s.orders[id_] = (k, role, number)
                 if trade in open_:
                     open_[trade].ids[role] = id_
-            elif not events or events[-1] not in ENDED:
+                missing += [(e.ts_event, number, k, role, trade, e, n) for e, n in _unknown(order, past.filled.get(own, {}))]
+                if s.cache.is_order_closed(id_) and not ended and (last := type(order.last_event).__name__) != "OrderFilled":
+                    s.order_types[last] += 1
+                    self.journal.order(number, role, trade, order.last_event, now)
+                elif not s.cache.is_order_closed(id_) and role == "entry" and trade in open_:
+                    s.trades[k] = open_[trade]
+                    self.waits.add(k)
+            elif not ended:
                 gone += 1
                 s.order_types["OrderCanceled"] += 1
                 self.journal.cancelled(number, role, trade, own, now, FORGOTTEN if events else "it was never sent")
+        for _, number, k, role, trade, event, size in sorted(missing, key=lambda m: m[:2]):
+            if trade in open_:
+                s.trades[k] = open_[trade]
+                self.waits.add(k)
+            s.order_types["OrderFilled"] += 1
+            s._filled(k, role, number, event, size)
+        self._unsent = [(k, t) for k, t in self._unsent if s.trades[k] is not t]
         if gone:
             self._say(f"{gone} orders of before the restart are gone: reported cancelled")
+        if missing:
+            self._say(f"{len(missing)} fills were made while nobody was here: they are ours now")
         for k, held in enumerate(list(s.trades)):
-            if held is not None and not s.ledger.positions[k].size:
+            if held is not None and not s.ledger.positions[k].size and not s._working(held, "entry"):
                 self.waits.discard(k)
                 s._close(k, held)
+        for k in range(len(s.ids)) if not self.simulated else ():
+            if why := s.compare(k):
+                self._say(f"no entries: {why}")
         again = []
         for k, entry in self._unsent:
             submitted = any(past.told.get(own) for _, t, role, own, _ in past.sent if t == entry.number and role == "entry")
@@ -168,22 +189,17 @@ class Recovery:
             return
         if k in self._seeds and not s.cache.is_order_closed(self._seeds[k]):
             return
-        lacks = s.ledger.positions[k].size - self._held(k)
+        lacks = s.ledger.positions[k].size - s.held(k)
         if lacks and self.simulated:
             self._seed(k, trade, lacks)
             return
         self.waits.discard(k)
-        if lacks:
-            x = s.terms.instruments[k]
-            why = f"{x.id}: the venue holds {self._held(k) / SCALE:g}, the journal {s.ledger.positions[k].size / SCALE:g}"
-            s.halt("recovery", why)
-            self._say(f"no entries: {why}")
-        self._protect(k, trade)
-
-    def _held(self, k: int) -> int:
-        """What the venue holds of instrument `k`, 1e-9 units."""
-        cache = self.strategy.cache
-        return sum(p.quantity.raw // UNIT * (1 if p.is_long else -1) for p in cache.positions_open(instrument_id=self.strategy.ids[k]))
+        if s._working(trade, "entry"):
+            s._at(trade.signal.ts + int(s.settings.entry_wait_ms * 1e6), lambda: s._waited(k, trade))
+        if s.ledger.positions[k].size:
+            self._protect(k, trade)
+        else:
+            s._at(trade.until, lambda: s._time_exit(k, trade))
 
     def _seed(self, k: int, trade: Trade, lacks: int) -> None:
         """An order that gives a simulated venue back the position it has forgotten: its fill is no trade of the account's."""
@@ -219,6 +235,18 @@ class Recovery:
             s.send(k, trade, role, order, getattr(signal, role))
         s._wake()
         s._at(trade.until, lambda: s._time_exit(k, trade))
+
+
+def _unknown(order: Any, known: dict[str, int]) -> list[tuple[Any, int]]:
+    """Fills of a venue's order that are not `known` (trade_id -> size), each with what of it is not: a node that was not told of single
+    fills makes one of them all."""
+    left, found = order.filled_qty.raw // UNIT - sum(known.values()), []
+    for event in order.events():
+        if type(event).__name__ == "OrderFilled" and str(event.trade_id) not in known and left > 0:
+            size = min(left, event.last_qty.raw // UNIT)
+            found.append((event, size))
+            left -= size
+    return found
 
 
 def recover(

@@ -113,6 +113,17 @@ class Ledger:
             return "halted: order rate"
         return None
 
+    def beyond(self, k: int, size: int, price: float) -> str | None:
+        """Which limit an entry of `size` (1e-9 units) at `price` would break, or None: whoever has decided on it."""
+        x, limits, units = self.instruments[k], self.limits, size / SCALE * (1 - 1e-12)
+        if limits.max_order is not None and units > limits.max_order:
+            return "beyond the limit: order size"
+        if limits.max_position is not None and units + abs(self.positions[k].size) / SCALE > limits.max_position:
+            return "beyond the limit: position"
+        if units * price * x.multiplier > limits.max_notional * (limits.capital + self.pnl(x.currency)):
+            return "beyond the limit: notional"
+        return None
+
     def entered(self, ts: int) -> None:
         """An entry was sent at `ts`."""
         self._entries.append(ts)

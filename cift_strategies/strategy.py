@@ -135,6 +135,7 @@ class EnsembleStrategy(Strategy):
         self.signals = 0
         self.next_mark = 0  # when open positions are marked again, ns
         self._alerts = 0
+        self._foreign = False  # whether the venue has orders or positions that are not ours
         self._digest = hashlib.sha256()
 
     @property
@@ -172,6 +173,9 @@ class EnsembleStrategy(Strategy):
     def on_start(self) -> None:
         if self.recovery is not None:
             self.recovery.begin()
+        else:
+            for k in range(len(self.ids)):
+                self.compare(k)
         self.subscribe_topic(FEATURES, self.on_features, priority=1)  # the book before a prediction of the same moment, always
         self.subscribe_topic(PREDICTIONS, self.on_prediction)
 
@@ -304,6 +308,11 @@ class EnsembleStrategy(Strategy):
         if self.trades[k] is not None:
             self._decline("in a position")
             return
+        vector = self.last[k]
+        mid = math.nan if vector is None else vector.mid
+        if reason := self.ledger.beyond(k, signal.size, mid):
+            self._decline(reason)
+            return
         crossing = signal.entry == "cross"
         orders = self.order_factory.bracket(
             self.ids[k], OrderSide.BUY if signal.side > 0 else OrderSide.SELL, self._quantity(x, signal.size),
@@ -312,8 +321,6 @@ class EnsembleStrategy(Strategy):
             sl_trigger_price=self._price(x, signal.stop),
         )  # fmt: skip
         roles = ("entry", "stop", "target")
-        vector = self.last[k]
-        mid = math.nan if vector is None else vector.mid
         ids = {role: order.client_order_id for role, order in zip(roles, orders)}
         if self.terms.journal is not None:
             prices, first = (signal.limit, signal.stop, signal.target), self.numbers
@@ -447,6 +454,9 @@ class EnsembleStrategy(Strategy):
 
     def on_order_event(self, event: Any) -> None:
         kind, order_id = type(event).__name__, event.client_order_id
+        if order_id not in self.orders:  # somebody else's, or one of a venue that makes orders for us
+            self._foreign = True
+            return
         k, role, number = self.orders[order_id]
         self.order_types[kind] += 1
         self._note(kind, number, role, event)
@@ -456,7 +466,7 @@ class EnsembleStrategy(Strategy):
         if role == "seed":
             return
         vector, trade = self.last[k], self.trades[k]
-        seen = (math.nan, math.nan) if vector is None else (float(vector.rows[-1, MID]), float(vector.rows[-1, SPREAD]))
+        seen = (math.nan, math.nan) if vector is None else (vector.mid, vector.spread)
         told = (self._stamp(event.ts_event), self.terms.instruments[k].id, number, -1 if trade is None else trade.number, role)
         self.order_log.append((*told, kind.removeprefix("Order"), *seen))
         if kind == "OrderFilled":
@@ -467,6 +477,25 @@ class EnsembleStrategy(Strategy):
             self.decisions[f"{role} {'rejected' if kind == 'OrderRejected' else 'denied'}"] += 1
         if kind in _CLOSING:
             self._settle(k)
+
+    def on_position_event(self, event: Any) -> None:
+        if self._foreign:
+            self.compare(self.ids.index(event.instrument_id))
+
+    def held(self, k: int) -> int:
+        """What the venue holds of instrument `k`, 1e-9 units."""
+        return sum(p.quantity.raw // UNIT * (1 if p.is_long else -1) for p in self.cache.positions_open(instrument_id=self.ids[k]))
+
+    def compare(self, k: int) -> str:
+        """Halt entries while the venue holds something else of instrument `k` than our fills make; how they differ."""
+        held, ours, cause = self.held(k), self.ledger.positions[k].size, f"venue {k}"
+        if held == ours:
+            self.release(cause)
+            return ""
+        self._foreign = True
+        why = f"{self.terms.instruments[k].id}: the venue holds {held / SCALE:g}, the journal {ours / SCALE:g}"
+        self.halt(cause, why)
+        return why
 
     def _note(self, kind: str, number: int, role: str, event: Any) -> None:
         """Into the digest goes all that does not depend on the run: no ids, no wall clock."""
@@ -479,11 +508,13 @@ class EnsembleStrategy(Strategy):
         """SHA-256 over the ordered order events without run-dependent ids."""
         return self._digest.hexdigest()
 
-    def _filled(self, k: int, role: str, number: int, event: Any) -> None:
+    def _filled(self, k: int, role: str, number: int, event: Any, most: int | None = None) -> None:
+        """`most`: what of the fill is not known yet, 1e-9 units; None: all of it."""
         x, trade = self.terms.instruments[k], self.trades[k]
         side = 1 if event.order_side == OrderSide.BUY else -1
-        size, price = event.last_qty.raw // UNIT, event.last_px.raw / UNIT / SCALE
-        fee = event.commission.as_double() if event.commission is not None else 0.0
+        whole, price = event.last_qty.raw // UNIT, event.last_px.raw / UNIT / SCALE
+        size = whole if most is None else min(whole, most)
+        fee = event.commission.as_double() * (size / whole) if event.commission is not None else 0.0
         ts, units = self._stamp(event.ts_event), size / SCALE
         vector = self.last[k]
         mid = math.nan if vector is None else vector.mid

@@ -249,6 +249,8 @@ def live_node(
         .build()
     )
     system.add_to(node.add_actor, node.add_strategy)
+    if not simulated:  # orders and positions that the venue reports are the strategy's, those of before a restart too
+        system.strategy.set_external_order_instrument_ids(system.strategy.ids)
     for actor in actors:
         node.add_actor(actor)
     return node

@@ -84,7 +84,7 @@ def _clock(gateway: Gateway) -> Handler:
     async def handler(_: web.Request) -> web.Response:
         c = gateway.clock
         told = {"started": c.started.is_set(), "first_ns": c.from_ns, "wall_ns": c.wall_ns, "speed": c.speed, "now_ns": c.now()}
-        return web.json_response(told | {"counts": gateway.counts})
+        return web.json_response(gateway.describe() | told | {"counts": gateway.counts})
 
     return handler
 

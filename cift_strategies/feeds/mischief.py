@@ -6,6 +6,7 @@ A :class:`Fault` happens once, in the session that has been sent `after` market 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -34,11 +35,11 @@ class Fault:
     amount: float = 1
 
     @classmethod
-    def parse(cls, text: str) -> Fault:
+    def parse(cls, text: str, kinds: Collection[str] = tuple(KINDS)) -> Fault:
         """From "kind@after:amount", the last two optional: "drop@5000", "stall@5000:3", "refuse:2". Raises InputError."""
         m = _TEXT.fullmatch(text)
-        if m is None or m[1] not in KINDS:
-            raise InputError(f'fault "{text}" is none of {", ".join(KINDS)}: write it as kind@after:amount, like stall@5000:3')
+        if m is None or m[1] not in kinds:
+            raise InputError(f'fault "{text}" is none of {", ".join(kinds)}: write it as kind@after:amount, like {next(iter(kinds))}@5:3')
         return cls(m[1], int(m[2] or 0), float(m[3] or 1))
 
     @property

@@ -232,8 +232,25 @@ def test_real_orders_need_the_option_the_limits_and_a_real_feed() -> None:
         check(LiveConfig(venue="nasdaq"))
 
 
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"feed": "polygon", "symbols": ("AAPL",), "artifacts": Path("a")}, "Databento's protocol"),
+        ({"venue_config": {"port": 1}}, "knows address and faults, not port"),
+        ({"venue_config": {"faults": ["flood"]}}, "is none of drop"),
+        ({"venue_config": {"address": "x:1", "faults": ["drop"]}}, "over its line"),
+    ],
+)
+def test_the_test_venue_says_what_it_cannot_be_asked(more: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLYGON_API_KEY", "x")
+    check(LiveConfig(venue="test", venue_config={"faults": ["race@3:2"]}))
+    with pytest.raises(InputError, match=why):
+        check(LiveConfig(venue="test", **more))
+
+
 def test_real_orders_need_the_name_of_the_venue_typed() -> None:
     confirm(LiveConfig(), ask=lambda _: pytest.fail("the sandbox asks nothing"))
+    confirm(LiveConfig(venue="test"), ask=lambda _: pytest.fail("nor does the test venue"))
     confirm(real(live=True), ask=lambda _: " SandboxExecutionClientFactory ")
     for typed in ("", "yes", "sandboxexecutionclientfactory"):
         with pytest.raises(InputError, match="not confirmed"):
@@ -329,6 +346,22 @@ def test_an_unthrottled_replays_time_is_its_newest_stamp_and_alerts_go_with_it()
     assert clock.timestamp_ns() == 20 and ran == [10, 20] and wall.alerts == []
     pace.see(30)
     assert ran == [10, 20, 30]
+
+
+@pytest.mark.parametrize(
+    ("limits", "size", "held", "why"),
+    [
+        ({"max_order": 7.0}, 8, 0, "order size"), ({"max_order": 7.0}, 7, 0, None), ({"max_position": 7.0}, 4, -4, "position"),
+        ({"max_position": 8.0}, 4, -4, None), ({"max_notional": 0.1, "capital": 5_000.0}, 6, 0, "notional"),
+        ({"max_notional": 0.1, "capital": 5_000.0}, 5, 0, None),
+    ],
+)  # fmt: skip
+def test_an_entry_that_somebody_else_decided_on_is_held_to_the_limits(limits: Any, size: int, held: int, why: str | None) -> None:
+    from tapes import SHARE
+
+    ledger = Ledger([SHARE], Limits(**limits))
+    ledger.positions[0].size = held * SCALE
+    assert ledger.beyond(0, size * SCALE, 100.0) == (why and f"beyond the limit: {why}")
 
 
 def test_entries_are_held_back_by_their_rate_and_their_size() -> None:
