@@ -82,12 +82,13 @@ class Switches:
     def status(self) -> dict[str, Any]:
         """As :class:`server.schemas.Node`, `Feed`, `Models` and `Stage` have it, with what halts entries."""
         s, w = self._serving, self._watch
+        depths = {f"queue_{name}": round(v) for name, v in s.depth.told().items() if name != "count" and v is not None}
         return {
             "state": self.state,
             "reason": self.reason or ", ".join(self._strategy.halts.values()),
             "halts": dict(self._strategy.halts),
             **self._about,
-            "counts": {"skipped": s.skipped, "queue": s.ring.waiting, "lost": s.lost, "batches": s.batches, "kills": self.kills},
+            "counts": {"skipped": s.skipped, "queue": s.ring.waiting, "lost": s.lost, "batches": s.batches, "kills": self.kills, **depths},
             "timings": {**s.timings, **w.timings},
             "feeds": [w.told()],
             "models": {"path": str(s.models.artifact), "reloads": s.reloads, "reload_error": self._reload_error or s.fault or ""},
