@@ -21,18 +21,19 @@ QUANTILES: Final = (("p50", 0.5), ("p99", 0.99), ("p999", 0.999))
 class Histogram:
     """Of integers from 0 to 2**62; `count`, `sum`, `most`."""
 
-    __slots__ = ("_buckets", "count", "most", "sum")
+    __slots__ = ("_at", "_buckets", "count", "most", "sum")
 
     def __init__(self) -> None:
         self.count = self.sum = self.most = 0
-        self._buckets = [0] * SIZE
+        self._buckets = np.zeros(SIZE, np.int64)
+        self._at = memoryview(self._buckets)  # the same, quicker to count in
 
     def add(self, value: int) -> None:
         """Negative values count as 0."""
         if value < 0:
             value = 0
         shift = value.bit_length() - BITS - 1
-        self._buckets[value if shift < 0 else (shift << BITS) + (value >> shift)] += 1
+        self._at[value if shift < 0 else (shift << BITS) + (value >> shift)] += 1
         self.count += 1
         self.sum += value
         if value > self.most:
