@@ -135,6 +135,8 @@ class Watch(DataActor):
         if state is None or state == self.strategy.market.get(k, status.UNKNOWN):
             return
         self.strategy.market[k] = state
+        if self.strategy.witness is not None:
+            self.strategy.witness("status", (k, state, told.ts_event if self._restamp else told.ts_init))
         self.serving.trading(k, told.ts_event if self._restamp else told.ts_init, state == status.OPEN)
         self._say(f"{told.instrument_id}: {status.STATES[state]}")
 

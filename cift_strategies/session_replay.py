@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from catalog.errors import InputError
 from catalog.events import CLEAR, F_MBP, F_TOB, TRADE, Instrument
 from catalog.progress import Steps
+from catalog.status import OPEN
 from cift_strategies import intake
 from cift_strategies.compared import Compared, Recorded, compare_orders, say
 from cift_strategies.recording import Chunk, Recording, Witness, digested, to_catalog
@@ -173,7 +174,7 @@ class Turns:
     """Does, after each message, what was noted there in the session, at its time: predictions, and what was asked of the strategy."""
 
     def __init__(self, notes: Sequence[tuple[int, int, str, Any]], found: dict[tuple[int, int], Prediction], system: Any) -> None:
-        self._notes = [n for n in notes if n[2] in ("prediction", "halt", "release", "flatten")]
+        self._notes = [n for n in notes if n[2] in ("prediction", "halt", "release", "flatten", "status")]
         self._found, self._system, self._next = found, system, 0
         self.missing = 0
 
@@ -198,6 +199,8 @@ class Turns:
         strategy = self._system.strategy
         if kind == "halt":
             strategy.halt(*what)
+        elif kind == "status":
+            strategy.market[what[0]] = what[1]
         else:
             (strategy.release if kind == "release" else strategy.flatten)(what)
 
@@ -248,7 +251,8 @@ def _run(config: RunConfig, recording: Recording, out: Path) -> RunResult:
         unpacked(base64.b64decode(weights), engine.learned)
     outcomes, features = Outcomes(engine, artifact, instruments, out, live.seed), Compared()
     recorded = Recorded(recording.predictions())
-    blocks, state = Blocks(recording, features, list(swaps)), {"events": 0, "last": 0}
+    pauses = [(at, what) for at, _, kind, what in notes if kind == "status"]
+    blocks, state = Blocks(recording, features, [*swaps, *(at for at, _ in pauses)]), {"events": 0, "last": 0}
 
     class Swapping:
         """The engine, with the models of the session at each block."""
@@ -259,6 +263,9 @@ def _run(config: RunConfig, recording: Recording, out: Path) -> RunResult:
             if (path := swaps.pop(state["events"], None)) is not None:
                 engine.swap(Path(path))
                 self.model_version = engine.model_version
+            while pauses and pauses[0][0] <= state["events"]:
+                k, now, ts = pauses.pop(0)[1]
+                engine.trading(k, ts, now == OPEN)
             state["events"] += len(block.events)
             return engine.predict(block)
 
