@@ -23,6 +23,7 @@ def backtest(
     schema: Annotated[str | None, typer.Option(help="what to download: mbo (default), mbp-10, mbp-1, ...")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="pay what the download costs without a question")] = False,
     polygon: Annotated[str | None, typer.Option(help="symbols of Polygon's history, separated by commas")] = None,
+    session: Annotated[Path | None, typer.Option(help="a recorded live session (its --state): computed again and compared")] = None,
     symbols: Annotated[str | None, typer.Option(help="instruments to use, separated by commas; default: all")] = None,
     start: Annotated[str | None, typer.Option(help="first time used, UTC: 2024-05-08 or 2024-05-08T14:30:00 or ns")] = None,
     end: Annotated[str | None, typer.Option(help="last time used, UTC")] = None,
@@ -47,7 +48,7 @@ def backtest(
     given = {
         "dbn": (*dbn, *(more or ())) if dbn else None, "catalog": catalog, "databento": databento, "schema": schema,
         "pay": yes or None, "polygon": _names(polygon), "symbols": _names(symbols), "start": _ns(start), "end": _ns(end),
-        "instruments": instruments, "train_fraction": train_fraction, "artifacts": artifacts, "altdata": altdata,
+        "instruments": instruments, "train_fraction": train_fraction, "artifacts": artifacts, "altdata": altdata, "session": session,
         "latency_ms": _latency(latency_ms), "device": device, "seed": seed, "out": out,
     }  # fmt: skip
     if ray is not None and sweep is None:
@@ -68,9 +69,14 @@ def backtest(
         _show(settings.out, port)
         return
 
-    from cift_strategies.backtest import run
+    if settings.session is not None:
+        from cift_strategies.session_replay import run as again
 
-    outcome = run(settings, leave=_leave)
+        outcome = again(settings)
+    else:
+        from cift_strategies.backtest import run
+
+        outcome = run(settings, leave=_leave)
     summary = dict(outcome.summary)
     folder = settings.out or Path("out") / outcome.source
 

@@ -53,6 +53,7 @@ class RunConfig(BaseModel):
     record_schema: str = Field("mbo", alias="schema")  # of that history
     pay: bool = False  # what that history costs, without being asked
     polygon: tuple[str, ...] = ()  # symbols whose history is downloaded
+    session: Path | None = None  # folder of a recorded live session
     symbols: tuple[str, ...] = ()
     start: int | None = None  # ns UTC, inclusive
     end: int | None = None

@@ -82,12 +82,13 @@ class Switches:
     def status(self) -> dict[str, Any]:
         """As :class:`server.schemas.Node`, `Feed`, `Models` and `Stage` have it, with what halts entries."""
         s, w = self._serving, self._watch
+        depths = {f"queue_{name}": round(v) for name, v in s.depth.told().items() if name != "count" and v is not None}
         return {
             "state": self.state,
             "reason": self.reason or ", ".join(self._strategy.halts.values()),
             "halts": dict(self._strategy.halts),
             **self._about,
-            "counts": {"skipped": s.skipped, "queue": s.ring.waiting, "lost": s.lost, "batches": s.batches, "kills": self.kills},
+            "counts": {"skipped": s.skipped, "queue": s.ring.waiting, "lost": s.lost, "batches": s.batches, "kills": self.kills, **depths},
             "timings": {**s.timings, **w.timings},
             "feeds": [w.told()],
             "models": {"path": str(s.models.artifact), "reloads": s.reloads, "reload_error": self._reload_error or s.fault or ""},
@@ -136,6 +137,8 @@ class Watch(DataActor):
         if state is None or state == self.strategy.market.get(k, status.UNKNOWN):
             return
         self.strategy.market[k] = state
+        if self.strategy.witness is not None:
+            self.strategy.witness("status", (k, state, told.ts_event if self._restamp else told.ts_init))
         self.serving.trading(k, told.ts_event if self._restamp else told.ts_init, state == status.OPEN)
         self._say(f"{told.instrument_id}: {status.STATES[state]}")
 

@@ -87,14 +87,16 @@ class Display:
         s, status = self._system.strategy, self._status()
         pnl = " ".join(f"{s.ledger.pnl(c):+.2f} {c}" for c in s.ledger.currencies)
         stages = {name: t.told(name) for name, t in status.get("timings", {}).items()}
-        waits = " ".join(f"{n} {t['p50_ms']:.1f}/{t['p99_ms']:.1f}" for n, t in stages.items() if t["p50_ms"] is not None)
+        names = ("p50_ms", "p99_ms", "p999_ms")
+        waits = " ".join(f"{n} " + "/".join(f"{t[q]:.1f}" for q in names) for n, t in stages.items() if t["count"])
         feed = (status.get("feeds") or [{}])[0]
         counts = status.get("counts", {})
         health = "ok" if feed.get("connected") else "silent"
         state = f"{status.get('state', '')} {status.get('reason', '')}".strip()
         return (
-            f"{state} | pnl {pnl} | fills {len(s.fills)} | p50/p99 ms {waits or '-'}"
-            f" | feed {health} {feed.get('events', 0):,} events | queue {counts.get('queue', 0)} skipped {counts.get('skipped', 0)}"
+            f"{state} | pnl {pnl} | fills {len(s.fills)} | p50/p99/p99.9 ms {waits or '-'}"
+            f" | feed {health} {feed.get('events', 0):,} events"
+            f" | queue {counts.get('queue', 0)} (p99 {counts.get('queue_p99', 0)}) skipped {counts.get('skipped', 0)}"
         )
 
     def line(self) -> str:

@@ -11,6 +11,7 @@ import sys
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from time import time_ns
 from typing import Any, Final
 
 import numpy as np
@@ -133,6 +134,8 @@ class Intake:
             self._desk[LAYOUT] = _address(self._layout)
         if restamp:
             self._desk[[LAST, BOOK]] = [_address(x) for x in self._stamps]
+        self._keep: Callable[[Array, Array, Array], object] | None = None
+        self._kept = self._used = 0
         self._renew(ROWS)
         self.restore({k: new_state(x) for k, x in enumerate(instruments)}, new_batches(len(ids)))
 
@@ -143,17 +146,38 @@ class Intake:
         for k in states:
             self._place(k)
 
+    def keep(self, keep: Callable[[Array, Array, Array], object]) -> None:
+        """From now on `keep` gets every event once, in order: EVENT (n,), rows (n, F), and int64 (n,) when the message that ends with the
+        event came (ns by the wall; 0 within a message). They are not written again while it holds them. See :meth:`hand_on`."""
+        self._keep, self._kept = keep, self._used
+        self._watch(len(self._events))
+
+    def _watch(self, n: int) -> None:
+        self._came = np.zeros(n, np.int64)
+        self._clock = memoryview(self._came)
+
+    def hand_on(self) -> None:
+        """Give what :meth:`keep` was told of the events that it does not have yet; else it gets them when a block is full."""
+        a, b = self._kept, self._used
+        if self._keep is not None and b > a:
+            self._kept = b
+            self._keep(self._events[a:b], self._rows[a:b], self._came[a:b])
+
     def _place(self, k: int) -> None:
         words = self.states[k].words
         self._desk[TABLE + 2 * k : TABLE + 2 * k + 2] = _address(words), len(words)
 
     def _renew(self, n: int) -> None:
         """Go on in a block with room for `n` events: one that nobody holds anything of, else a new one."""
+        if self._used:
+            self.hand_on()
         free = [b for b in self._blocks if len(b.events) >= n and b.references() == _FREE]
         block = free[0] if free else _Block(max(ROWS, n))
         self._blocks = [b for b in self._blocks if b is not block][-3:] + [block]
-        self._events, self._rows, self._bytes, self._used = block.events, block.rows, block.bytes, 0
+        self._events, self._rows, self._bytes, self._used, self._kept = block.events, block.rows, block.bytes, 0, 0
         self._ends = np.empty(len(block.events), np.int64)
+        if self._keep is not None:
+            self._watch(len(block.events))
         self._desk[[EVENTS, OUT, ENDS, SIZE, USED]] = *map(_address, (self._events, self._rows, self._ends)), len(self._events), 0
 
     def deltas(self, message: OrderBookDeltas) -> FeatureVector:
@@ -199,6 +223,8 @@ class Intake:
     def _vector(self, n: int, k: int, done: int, closed: int, end: int, ts: int, bid: int, ask: int) -> FeatureVector:
         first = self._used
         self._used = stop = first + n
+        if self._keep is not None:
+            self._clock[stop - 1] = time_ns()
         if done < n:
             for at in range(first + done, stop, BLOCK):
                 self.states[k].advance(self._events[at : min(at + BLOCK, stop)], self._rows[at : min(at + BLOCK, stop)])

@@ -7,6 +7,7 @@ the strategy are the backtest's; what differs are values: the feed and the venue
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import signal
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
     from cift_strategies.feeds.health import Health
     from cift_strategies.monitor import Controls, Monitor
     from cift_strategies.outcome import Scored
-    from cift_strategies.serving import Serving
+    from cift_strategies.recording import Recorder
+    from cift_strategies.serving import Models, Serving
     from cift_strategies.system import Client, System
 
 READY_S: Final = 60  # for the gateway and the models to be ready
@@ -66,6 +69,8 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack) -> Path:
     from cift_strategies.faults import Faults
     from cift_strategies.feeds.health import Health
     from cift_strategies.pace import Pace
+    from cift_strategies.recording import Recording, set_aside, to_catalog
+    from cift_strategies.recording_actor import RecordingActor
     from cift_strategies.recovery import recover
     from cift_strategies.serving import Models, Serving
     from cift_strategies.strategy import Terms
@@ -87,8 +92,11 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack) -> Path:
     budget = None if config.budget_ms is None else round(config.budget_ms * 1e6)
     learned = journal.weights() if journal.goes_on or config.feed != "replay" else {}
     table = tuple(ready.instruments)
+    kept = state / "session" if config.record else None
+    if kept is not None:
+        set_aside(kept)
     models = Models(
-        ready.artifact.resolve(), table, config.members, budget, ready.altdata, config.seed, config.device, results, learned
+        ready.artifact.resolve(), table, config.members, budget, ready.altdata, config.seed, config.device, results, learned, kept
     )
     serving = Serving(models, time.time_ns if pace is None else pace.now)
     stack.callback(serving.close)
@@ -111,7 +119,12 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack) -> Path:
     if recovered is not None and recovered.switch[0] in ("killed", "paused"):
         switches.state, switches.reason = recovered.switch
     display.tell(switches.status)
-    actors = [watch, *monitor(config, system, switches, stack, display.say)]
+    recorder = None if kept is None else record(config, ready, models, system, recovered is not None, display.say)
+    recording = []
+    if recorder is not None:
+        stack.callback(recorder.close)
+        serving.on_reload, recording = recorder.reloaded, [RecordingActor(recorder, faults)]
+    actors = [watch, *recording, *monitor(config, system, switches, stack, display.say)]
     node = live_node(
         system, [feed], brokers, config.simulated, actors, engine_limits(config, ready.instruments)
     )
@@ -127,6 +140,8 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack) -> Path:
     display.say(f"{config.feed} of {', '.join(x.id for x in ready.instruments)} on {config.venue}; Ctrl-C ends it")
     asyncio.run(session.run())
     serving.disconnect()
+    if recorder is not None:
+        recorder.close(lost=serving.lost)
     signal.signal(signal.SIGTERM, _interrupt)  # the loop has put the system's own in its place
     display.close()
     faults.reraise()
@@ -135,7 +150,29 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack) -> Path:
     journal.close(system.strategy.flat)
     with Steps("scores"):
         scored = serving.finish(SCORED_S)
+    if kept is not None:
+        with Steps("recording"):
+            to_catalog(Recording(kept))
     return finish(config, ready, system, serving, switches, scored, began, node)
+
+
+def record(
+    config: LiveConfig, ready: Prepared, models: Models, system: System, goes_on: bool, say: Callable[[str], object]
+) -> Recorder:
+    """Begin to record the session, with all that a replay needs to know of it."""
+    from cift_strategies.recording import Recorder
+
+    assert models.session is not None
+    terms = system.strategy.terms
+    about = {
+        "name": ready.name, "instruments": [asdict(x) for x in ready.instruments], "artifact": str(models.artifact),
+        "altdata": None if ready.altdata is None else str(ready.altdata.resolve()), "goes_on": goes_on,
+        "starts": 0 if terms.pace is None else terms.pace.first_ns, "ends": dict(terms.ends),
+        "learned": {version: base64.b64encode(weights).decode() for version, weights in models.learned.items()},
+        "order_latency_ms": config.order_latency_ms if config.speed else 0.0, "speed": config.speed,
+        "config": config.model_dump(mode="json"),
+    }  # fmt: skip
+    return Recorder(models.session, system, about, say)
 
 
 def replay(config: LiveConfig, ready: Prepared, beside: Beside, health: Health) -> tuple[Client, dict[str, Any]]:
@@ -281,6 +318,7 @@ def finish(
         "callback_errors": system.strategy.faults.count, "notes": [],
         "live": {
             "feed": config.feed, "venue": config.venue, "speed": config.speed, "skipped": serving.skipped, "lost": serving.lost,
+            "queue": serving.depth.told(),
             "stages": [t.told(s) for s, t in {**serving.timings, **switches.status()["timings"]}.items()],
         },
     }  # fmt: skip

@@ -46,6 +46,7 @@ class LiveConfig(BaseModel):
     speed: Annotated[float, Field(ge=0, le=1e6)] = 1.0  # of a replay against the wall's clock; 0: as fast as it is read
     duration: Annotated[float | None, Field(gt=0)] = None  # seconds by the wall's clock; None: until the replay's end, or Ctrl-C
     state: Path = Path("out/live")
+    record: bool = True  # keep the session as it came, for `run_backtest.py --session`
     port: Annotated[int, Field(ge=0, le=65_535)] = 0  # of the API and page; 0: any free one
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: Annotated[int, Field(ge=0)] = 7

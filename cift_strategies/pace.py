@@ -30,11 +30,11 @@ class Pace:
 
     def __init__(self, first_ns: int, wall_ns: int, speed: float, clock: Callable[[], int] = time.time_ns) -> None:
         self.first_ns, self.wall_ns, self.speed, self._clock, self._newest = first_ns, wall_ns, speed, clock, first_ns
-        self._due: list[tuple[int, int, Callable[[Any], Any]]] = []  # alerts of an unthrottled stream
+        self._due: list[tuple[int, int, Callable[[Any], Any]]] = []  # alerts
         self._set = 0
 
     def see(self, ts: int) -> None:
-        """An event of stamp `ts` has come: what an unthrottled stream has due by then runs now."""
+        """An event of stamp `ts` has come: what is due by then and has not run yet, as on a loop that was held up, runs now."""
         if not self.wall_ns:
             self.first_ns, self.wall_ns, self._newest = ts, self._clock(), ts
         elif ts > self._newest:
@@ -45,7 +45,7 @@ class Pace:
             heapq.heappop(self._due)[2](None)
 
     def alert(self, ts: int, callback: Callable[[Any], Any]) -> None:
-        """Run `callback` when a stamp at or after `ts` is seen."""
+        """Run `callback` when a stamp at or after `ts` is seen, if not before."""
         self._set += 1
         heapq.heappush(self._due, (ts, self._set, callback))
 
@@ -82,10 +82,27 @@ class Paced:
         return self._pace.now()
 
     def set_time_alert_ns(self, name: str, alert_time_ns: int, callback: Callable[[Any], Any] | None = None) -> None:
+        once = _Once(callback or _nothing)
+        self._pace.alert(alert_time_ns, once)
         if self._pace.speed:
-            self._clock.set_time_alert_ns(name, self._pace.wall(alert_time_ns), callback)
-        elif callback is not None:
-            self._pace.alert(alert_time_ns, callback)
+            self._clock.set_time_alert_ns(name, self._pace.wall(alert_time_ns), once)
+
+
+class _Once:
+    """Calls what it is given the first time that it is called."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[[Any], Any]) -> None:
+        self._call = call
+
+    def __call__(self, event: Any) -> None:
+        call, self._call = self._call, _nothing
+        call(event)
+
+
+def _nothing(_event: Any) -> None:
+    pass
 
 
 def timed(clock: Clock, pace: Pace | None) -> Clock:

@@ -29,7 +29,7 @@ from catalog.errors import InputError
 from catalog.events import EVENT, Instrument
 from cift_models.features import NAMES
 from cift_strategies.messages import FeatureVector, Prediction
-from cift_strategies.timings import Timing
+from cift_strategies.timings import Histogram, Timing
 
 if TYPE_CHECKING:
     from cift_models.gpu import Device
@@ -54,6 +54,7 @@ class Models:
     device: Device = "auto"  # see Engine.load
     results: Path | None = None  # folder for predictions.parquet; None: nothing is written
     learned: Mapping[str, bytes] = field(default_factory=dict)  # version of the models -> their weights of an earlier session, packed
+    session: Path | None = None  # folder of the session's recording, which gets every prediction; None: they are not kept
 
 
 @njit(cache=True)
@@ -132,6 +133,7 @@ class Answer:
     skipped: int  # batches whose prediction was superseded within its block
     failures: Mapping[str, int] = field(default_factory=dict)  # of each member
     late: Mapping[str, int] = field(default_factory=dict)
+    waiting: int = 0  # events that waited when the block was taken, the block's among them
 
 
 @dataclass(slots=True)
@@ -180,10 +182,12 @@ class Serving:
         self.fault: str | None = "the models are being loaded"
         self.engine = Told()
         self.on_learned: Callable[[str, bytes], object] = lambda _version, _weights: None  # about once a second, on the loop
+        self.on_reload: Callable[[str, int], object] = lambda _path, _at: None  # new models, and how many events the old ones had seen
         self.batches = self.skipped = self.delivered = 0
         self.reloads = 0
         self._reloading: deque[Future[dict[str, Any]]] = deque()
         self.timings = {s: Timing() for s in STAGES}
+        self.depth = Histogram()  # events that waited when a block with a prediction was taken
         self._scored: Scored | None = None
         self.newest = self.came = 0  # stamp of the newest event, and perf_counter when it came, ns
         self._since = 0  # perf_counter at which the oldest unanswered batch was put, 0: none
@@ -248,6 +252,7 @@ class Serving:
         self.batches, self.skipped = answer.batches, answer.skipped
         self.engine.failures, self.engine.late = answer.failures, answer.late
         self._since = 0 if not self.ring.waiting else back
+        self.depth.add(answer.waiting)
         for came in answer.came:
             self.timings["queue"].add(answer.taken - came)
         self.timings["predict"].add(answer.done - answer.taken)
@@ -270,6 +275,7 @@ class Serving:
                 asked.set_exception(InputError(value["error"]))
             else:
                 self.reloads += 1
+                self.on_reload(str(value["path"]), value.pop("at"))
                 self.engine.model_version, self.models = value["version"], replace(self.models, artifact=Path(value["path"]))
                 asked.set_result(value)
         elif what == "fault":

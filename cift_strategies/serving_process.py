@@ -22,7 +22,8 @@ from cift_models.inference import Engine, Predictions, stream
 from cift_models.windows import HORIZONS_NS, Block
 from cift_strategies.messages import Prediction
 from cift_strategies.outcome import Outcomes
-from cift_strategies.serving import ASLEEP, LOST, Answer, Models, Ring
+from cift_strategies.recording import Votes
+from cift_strategies.serving import ASLEEP, LOST, TAIL, Answer, Models, Ring
 from cift_strategies.weights import packed, unpacked
 
 MOST: Final = 16_384  # events of a block
@@ -83,11 +84,19 @@ class _Server:
         self.outcomes: Outcomes | None = None
         if models.results is not None:
             self.outcomes = Outcomes(engine, models.artifact, models.instruments, models.results, models.seed)
+        self.votes = Votes(models.session) if models.session is not None else None
         self.batches = self.skipped = self.lost = 0
         self._told = time.monotonic()
         self._parent = os.getppid()
 
     def run(self) -> None:
+        try:
+            self._run()
+        finally:
+            if self.votes is not None:
+                self.votes.close()
+
+    def _run(self) -> None:
         ring = self.ring
         while True:
             if self.orders.poll() and self._obey(*self.orders.recv()):
@@ -103,6 +112,7 @@ class _Server:
                     return
 
     def _block(self) -> None:
+        first, waiting = int(self.ring.words[TAIL]), self.ring.waiting
         events, rows, came, closing = self.ring.take(MOST)
         if self.ring.words[LOST] != self.lost:
             self.lost = int(self.ring.words[LOST])
@@ -118,7 +128,9 @@ class _Server:
             at = came[block.closes]
             predictions = tuple(_prediction(p, i, self.engine.model_version) for i in newest)
             counts = dict(self.engine.failures), dict(self.engine.late)
-            self.replies.send(Answer(predictions, tuple(at[newest].tolist()), taken, done, self.batches, self.skipped, *counts))
+            self.replies.send(Answer(predictions, tuple(at[newest].tolist()), taken, done, self.batches, self.skipped, *counts, waiting))
+        if self.votes is not None:
+            self.votes.push(first, block.closes, p, done - came[block.closes], self.engine.model_version)
         if self.outcomes is not None:
             self.outcomes.push(block, p, done - came[block.closes])
         if time.monotonic() - self._told >= WEIGHTS_EVERY_S:
@@ -143,7 +155,7 @@ class _Server:
             kept = self.engine.swap(path)
         except InputError as e:
             return {"path": str(path), "error": str(e)}
-        return {"path": str(path), "version": self.engine.model_version, "members": kept}
+        return {"path": str(path), "version": self.engine.model_version, "members": kept, "at": int(self.ring.words[TAIL])}
 
 
 def _prediction(p: Predictions, i: int, version: str) -> Prediction:

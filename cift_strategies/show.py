@@ -20,7 +20,7 @@ from catalog.errors import InputError
 from cift_models.windows import HORIZONS_NS
 from cift_strategies.finished import HORIZONS, Finished
 from cift_strategies.server.schemas import KEPT, SCHEMA
-from cift_strategies.timings import BOUNDS_MS
+from cift_strategies.timings import BOUNDS_MS, QUANTILES
 
 MS: Final = 1_000_000
 EVERY_S: Final = 1.0  # between two signs of life
@@ -201,8 +201,9 @@ def _drawdown(pnl: Any) -> float:
 
 def _stage(name: str, ms: Any) -> dict[str, Any]:
     return {
-        "stage": name, "count": len(ms), "sum_ms": float(ms.sum()), "p50_ms": float(np.percentile(ms, 50)),
-        "p99_ms": float(np.percentile(ms, 99)), "max_ms": float(ms.max()), "buckets": [int((ms <= b).sum()) for b in BOUNDS_MS],
+        "stage": name, "count": len(ms), "sum_ms": float(ms.sum()),
+        **{f"{which}_ms": float(np.quantile(ms, q)) for which, q in QUANTILES}, "max_ms": float(ms.max()),
+        "buckets": [int((ms <= b).sum()) for b in BOUNDS_MS],
     }  # fmt: skip
 
 

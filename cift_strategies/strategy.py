@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -123,6 +123,7 @@ class EnsembleStrategy(Strategy):
         self.decisions: Counter[str] = Counter()
         self.reason = ""  # what became of the newest prediction: "entered", or why not
         self.market: dict[int, int] = {}  # instrument -> trading state, as the feed tells it; history has `terms.states`
+        self.witness: Callable[[str, Any], object] | None = None  # is told of order events, and of what was asked of the strategy
         self.halts: dict[str, str] = {}  # cause -> why there are no entries; exits go on
         self.orders: dict[ClientOrderId, tuple[int, str, int]] = {}  # -> trade, role, running number
         self.numbers = 0  # running number of the next order
@@ -151,13 +152,18 @@ class EnsembleStrategy(Strategy):
 
     def halt(self, cause: str, why: str) -> None:
         """No entries from now on, until :meth:`release` is told the same cause."""
+        if self.witness is not None and self.halts.get(cause) != why:
+            self.witness("halt", (cause, why))
         self.halts[cause] = why
 
     def release(self, cause: str) -> None:
-        self.halts.pop(cause, None)
+        if self.halts.pop(cause, None) is not None and self.witness is not None:
+            self.witness("release", cause)
 
     def flatten(self, reason: str) -> None:
         """Cancel all that works and close every position at the market."""
+        if self.witness is not None:
+            self.witness("flatten", reason)
         for k, trade in enumerate(self.trades):
             if trade is not None:
                 trade.attempts = 0
@@ -460,6 +466,8 @@ class EnsembleStrategy(Strategy):
         k, role, number = self.orders[order_id]
         self.order_types[kind] += 1
         self._note(kind, number, role, event)
+        if self.witness is not None:
+            self.witness("order", (kind, k, role, number, event))
         if self.terms.journal is not None and (kind != "OrderFilled" or role == "seed"):
             trade = self.trades[k]
             self.terms.journal.order(number, role, -1 if trade is None else trade.number, event, self._stamp(event.ts_event))

@@ -6,7 +6,7 @@ A moved or renamed constructor of NautilusTrader touches this place alone.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from nautilus_trader.adapters.sandbox import SandboxExecutionClientConfig, SandboxExecutionClientFactory
 from nautilus_trader.backtest import (
     BacktestDataConfig,
+    BacktestEngine,
     BacktestEngineConfig,
     BacktestNode,
     BacktestRunConfig,
@@ -122,11 +123,8 @@ class Replay:
 
 def venues(replay: Replay, faults: Faults) -> list[BacktestVenueConfig]:
     """One simulated venue per venue of the instruments: their depth of book, fees, latency, and a balance per currency."""
-    found: dict[str, list[Instrument]] = {}
-    for x in replay.instruments:
-        found.setdefault(str(InstrumentId.from_str(x.id).venue), []).append(x)
     configs = []
-    for name, traded in sorted(found.items()):
+    for name, traded in sorted(_by_venue(replay.instruments).items()):
         if len({x.level for x in traded}) > 1:
             depths = ", ".join(f"{x.id} L{x.level}" for x in traded)
             raise InputError(f"venue {name} has feeds of different depth ({depths}): run them apart with --symbols")
@@ -135,7 +133,7 @@ def venues(replay: Replay, faults: Faults) -> list[BacktestVenueConfig]:
                 name=name,
                 oms_type="NETTING",
                 account_type="MARGIN",
-                starting_balances=[f"{replay.capital:.2f} {c}" for c in sorted({x.currency for x in traded})],
+                starting_balances=[f"{replay.capital:.2f} {c}" for c in _currencies(traded)],
                 book_type=BOOKS[traded[0].level],
                 fee_model=Fees(traded, faults),
                 latency_model=StaticLatencyModel(base_latency_nanos=replay.order_latency_ns),
@@ -188,6 +186,51 @@ def run_backtest(system: Part, replay: Replay, faults: Faults) -> tuple[Backtest
     return results[0], node, config.id
 
 
+def run_messages(
+    system: System, actors: Sequence[Any], chunks: Iterable[list[Any]], capital: float, order_latency_ns: int, faults: Faults
+) -> tuple[BacktestResult, BacktestEngine]:
+    """Stream messages, in the order and grouping given, through a BacktestEngine with `system` and then `actors`; ends as
+    :func:`run_backtest` does. The venues are those of :func:`sandbox`. The engine is not disposed."""
+    from catalog.definitions import Definition
+    from catalog.importer import nautilus_instrument
+
+    instruments = system.strategy.terms.instruments
+    engine = BacktestEngine(BacktestEngineConfig(logging=LoggerConfig(stdout_level=LogLevel.ERROR)))
+    with faults.interrupts():
+        for name, traded in sorted(_by_venue(instruments).items()):
+            engine.add_venue(
+                Venue(name), OmsType.NETTING, AccountType.MARGIN, [Money(capital, Currency.from_str(c)) for c in _currencies(traded)],
+                book_type=BOOKS[traded[0].level], bar_execution=False, reject_stop_orders=False, fee_model=Fees(traded, faults),
+                latency_model=StaticLatencyModel(base_latency_nanos=order_latency_ns), liquidity_consumption=True,
+                queue_position=traded[0].level > 1,
+            )  # fmt: skip
+        for x in instruments:
+            engine.add_instrument(nautilus_instrument(Definition(x, x.id.rsplit(".", 1)[0])))
+        system.add_to(engine.add_actor, engine.add_strategy)
+        for actor in actors:
+            engine.add_actor(actor)
+        for messages in chunks:
+            engine.add_data(messages, validate=False)
+            engine.run(streaming=True)
+            engine.clear_data()
+            if faults.first is not None:
+                break
+        engine.end()
+    faults.reraise()
+    return engine.get_result(), engine
+
+
+def _by_venue(instruments: Sequence[Instrument]) -> dict[str, list[Instrument]]:
+    found: dict[str, list[Instrument]] = {}
+    for x in instruments:
+        found.setdefault(str(InstrumentId.from_str(x.id).venue), []).append(x)
+    return found
+
+
+def _currencies(traded: Sequence[Instrument]) -> list[str]:
+    return sorted({x.currency for x in traded})
+
+
 # --- live -----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -203,14 +246,11 @@ class Client:
 
 def sandbox(instruments: Sequence[Instrument], capital: float, order_latency_ns: int, faults: Faults) -> list[Client]:
     """The backtest's simulated venues for a live node: the same fees, latency, queue position and balances."""
-    by_venue: dict[str, list[Instrument]] = {}
-    for x in instruments:
-        by_venue.setdefault(str(InstrumentId.from_str(x.id).venue), []).append(x)
     clients = []
-    for name, traded in sorted(by_venue.items()):
+    for name, traded in sorted(_by_venue(instruments).items()):
         config = SandboxExecutionClientConfig(
             venue=Venue(name),
-            starting_balances=[Money(capital, Currency.from_str(c)) for c in sorted({x.currency for x in traded})],
+            starting_balances=[Money(capital, Currency.from_str(c)) for c in _currencies(traded)],
             oms_type=OmsType.NETTING,
             account_type=AccountType.MARGIN,
             book_type=BOOKS[traded[0].level],

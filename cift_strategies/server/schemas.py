@@ -220,13 +220,14 @@ class Pnl(Told):
 
 
 class Stage(Told):
-    """How long one stage takes. Quantiles are of the newest 1,024."""
+    """How long one stage takes. Quantiles are of the whole session, within 1 %."""
 
     stage: Annotated[str, Field(examples=["inference"])]
     count: int
     sum_ms: float
     p50_ms: float | None
     p99_ms: float | None
+    p999_ms: float | None
     max_ms: float | None
     buckets: Annotated[list[int], Field(description=f"how many took at most {', '.join(f'{b:g}' for b in BOUNDS_MS)} ms")]
 

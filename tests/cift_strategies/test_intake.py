@@ -135,3 +135,26 @@ def test_a_vector_is_a_value() -> None:
     with pytest.raises(AttributeError):
         vector.ts = 0
     assert FeatureVector(0, vector.ts, vector.events, vector.rows, ()).touch == (0, 0)
+
+
+@pytest.mark.parametrize("bulk", [True, False])
+def test_who_keeps_events_gets_each_once_with_its_features_and_where_messages_end(bulk: bool) -> None:
+    """Across blocks, and whenever it asks for what it does not have yet; nothing it holds is written again."""
+    kept: list[tuple[Any, Any, Any]] = []
+    taken, lengths = Intake([SHARE], bulk=bulk), []
+    messages = list(stream(3, iter([1, 5, 2, 700, 1] * 12)))
+    taken.trade(messages.pop(next(i for i, m in enumerate(messages) if isinstance(m, TradeTick))))  # before anybody keeps anything
+    taken.keep(lambda *pieces: kept.append(pieces))
+    copies = []
+    for n, message in enumerate(messages):
+        vector = taken.trade(message) if isinstance(message, TradeTick) else taken.deltas(message)
+        lengths.append(len(vector.events))
+        copies.append((vector.events.copy(), vector.rows.copy()))
+        if n % 9 == 0:
+            taken.hand_on()
+    taken.hand_on()
+    taken.hand_on()
+    events, rows, came = (np.concatenate(pieces) for pieces in zip(*kept))
+    assert events.tobytes() == np.concatenate([e for e, _ in copies]).tobytes()
+    assert rows.tobytes() == np.concatenate([r for _, r in copies]).tobytes()
+    assert np.diff(np.flatnonzero(came), prepend=-1).tolist() == lengths and (np.diff(came[came > 0]) >= 0).all()

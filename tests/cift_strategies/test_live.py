@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -22,12 +23,14 @@ from live_feed import statuses
 
 from catalog.errors import InputError
 from catalog.events import SCALE, read_catalog
+from cift_strategies.backtest import RunConfig
 from cift_strategies.live import venues
 from cift_strategies.live_config import ORDERS_NEED, LiveConfig, check, confirm, locked
 from cift_strategies.live_models import Prepared
 from cift_strategies.outcome import HORIZON_LABELS
 from cift_strategies.pace import Pace, Paced
 from cift_strategies.risk import Ledger, Limits
+from cift_strategies.session_replay import run
 
 ROOT = Path(__file__).parents[2]
 WITHIN_S = 240  # guards against hanging, no more
@@ -115,6 +118,46 @@ def read_events(small: Small) -> Any:
     events = np.concatenate(list(read_catalog(small.catalog)[1]))
     clears = events[events["action"] == ord("R")]["ts_init"]
     return events[events["ts_init"] >= clears[-2]]  # two instruments open within a second
+
+
+def test_a_recorded_session_is_computed_again_to_the_last_bit(played: tuple[Path, str], tmp_path: Path) -> None:
+    """Every event's features and every prediction, all members' votes and what the ensemble makes of them; orders as far as can be."""
+    state, out = played[0], tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "run_backtest.py", "--session", str(state), "--out", str(out)], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)}, timeout=WITHIN_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    live, session = json.loads((state / "summary.json").read_text()), json.loads((out / "session.json").read_text())
+    for kind, n in (("features", live["feature_vectors"]), ("predictions", live["predictions"])):
+        assert session[kind] == {"recorded": n, "equal": n, "cut_off": 0, "differ": []}
+        assert any(line.split() == [kind, f"{n:,}", f"{n:,}", "0", "0"] for line in done.stdout.splitlines())
+    orders = session["orders"]
+    entered = sum(1 for _ in rows(state, "select * from signals"))
+    assert orders["recorded"] == entered + len(rows(state, "select * from sent")) and orders["equal"] > orders["recorded"] // 3
+    assert {"report.html", "summary.json", "fills.parquet", "positions.parquet", "predictions.parquet"} <= {p.name for p in out.iterdir()}
+    ours, theirs = ({key: exact for key, (exact, _) in decisions(f).items()} for f in (out, state))
+    assert ours == theirs
+
+
+def test_a_recorded_session_is_a_catalog(played: tuple[Path, str], small: Small) -> None:
+    kept, events = np.concatenate(list(read_catalog(played[0] / "session")[1])), read_events(small)
+    assert kept.tobytes() == events.tobytes()
+
+
+def test_what_was_recorded_before_a_kill_is_computed_again(small: Small, tmp_path: Path) -> None:
+    state, out = tmp_path / "state", tmp_path / "out"
+    process = session(small, state, "--speed", "20")
+    events = state / "session" / "events"
+    while len(list(events.glob("*.parquet"))) < 4:
+        assert process.poll() is None
+        select.select([], [], [], 0.05)
+    process.kill()
+    process.communicate()
+    done = run(RunConfig(session=state, out=out))
+    told = json.loads((out / "session.json").read_text())
+    assert "cut off" in told["notes"][0] and told["features"]["recorded"] == done.summary["events"] > 500
+    assert told["features"]["differ"] == [] and told["predictions"]["differ"] == [] and told["predictions"]["equal"] > 100
 
 
 def test_the_journal_holds_every_signal_order_event_and_fill(played: tuple[Path, str]) -> None:
@@ -329,8 +372,14 @@ def test_a_replays_time_runs_at_its_speed_from_the_first_event_on() -> None:
     assert pace.now() == 27 * SCALE
     pace.see(30 * SCALE)  # the first one had been held up
     assert pace.now() == 30 * SCALE
-    Paced(wall, pace).set_time_alert_ns("a", 50 * SCALE, print)
-    assert wall.alerts == [(wall.ns + SCALE, print)]
+    ran: list[str] = []
+    Paced(wall, pace).set_time_alert_ns("a", 50 * SCALE, lambda _: ran.append("a"))
+    ((at, alert),) = wall.alerts
+    assert at == wall.ns + SCALE and ran == []
+    pace.see(50 * SCALE)  # a later stamp has come before the clock's alert: the loop was held up
+    assert ran == ["a"]
+    alert(None)
+    assert ran == ["a"]
 
 
 def test_an_unthrottled_replays_time_is_its_newest_stamp_and_alerts_go_with_it() -> None:

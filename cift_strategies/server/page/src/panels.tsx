@@ -396,6 +396,7 @@ export function Latency(): JSX.Element {
               <th>stage</th>
               <th class="n">p50</th>
               <th class="n">p99</th>
+              <th class="n">p99.9</th>
               <th class="n">most</th>
             </tr>
           </thead>
@@ -406,6 +407,7 @@ export function Latency(): JSX.Element {
                   <td>{words(s.stage)}</td>
                   <td class="n">{ms(s.p50_ms)}</td>
                   <td class="n">{ms(s.p99_ms)}</td>
+                  <td class="n">{ms(s.p999_ms)}</td>
                   <td class="n">{ms(s.max_ms)}</td>
                 </tr>
               )}

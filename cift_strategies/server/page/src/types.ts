@@ -139,6 +139,7 @@ export interface Stage {
   count: number;
   p50_ms: number | null;
   p99_ms: number | null;
+  p999_ms: number | null;
   max_ms: number | null;
 }
 

@@ -1,0 +1,171 @@
+"""What a session's replay finds equal with its recording: features, predictions and orders, and every one that is not, in words."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from catalog.events import Instrument
+from cift_strategies.recording import mix_digest, votes_digest
+
+if TYPE_CHECKING:
+    from cift_models.inference import Predictions
+
+type Array = NDArray[Any]
+
+
+@dataclass(slots=True)
+class Compared:
+    """One kind of thing: how many were recorded, how many are equal, and each that is not, in words."""
+
+    recorded: int = 0
+    equal: int = 0
+    differ: list[dict[str, Any]] = field(default_factory=list)
+    cut_off: int = 0  # computed again of what was not recorded any more, or recorded of events that were not
+
+    def told(self) -> dict[str, Any]:
+        return {"recorded": self.recorded, "equal": self.equal, "cut_off": self.cut_off, "differ": self.differ}
+
+
+# --- predictions ----------------------------------------------------------------------------------------------------------------------
+
+
+def numbered(instrument: Array, ts: Array) -> Array:
+    """A key of each prediction: (instrument, ts, how many of both came before)."""
+    out = np.zeros(len(ts), [("instrument", np.int64), ("ts", np.int64), ("n", np.int64)])
+    out["instrument"], out["ts"] = instrument, ts
+    order = np.lexsort((np.arange(len(ts)), ts, instrument))
+    new = np.ones(len(ts), bool)
+    new[1:] = (out["instrument"][order][1:] != out["instrument"][order][:-1]) | (out["ts"][order][1:] != out["ts"][order][:-1])
+    place = np.arange(len(ts))
+    out["n"][order] = place - np.maximum.accumulate(np.where(new, place, 0))
+    return out
+
+
+class Recorded:
+    """The recorded predictions: their latencies for the replay, their digests for the comparison."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.instrument, self.ts, self._latency, self._votes, self._mix = (
+            table[c].to_numpy() for c in ("instrument", "ts", "latency_ns", "votes_digest", "mix_digest")
+        )
+        self._next = 0
+        self._mine: list[tuple[Array, Array, Array, Array]] = []
+
+    def draw(self, ts: Array, instrument: Array) -> NDArray[np.int64]:
+        """As Delay.draw: how long each took in the session; 0 where that was not recorded."""
+        a, n = self._next, len(ts)
+        self._next += n
+        if (self.ts[a : a + n].tolist(), self.instrument[a : a + n].tolist()) == (ts.tolist(), instrument.tolist()):
+            return self._latency[a : a + n].astype(np.int64)
+        known = dict(zip(zip(self.instrument.tolist(), self.ts.tolist()), self._latency.tolist()))
+        return np.array([known.get(key, 0) for key in zip(instrument.tolist(), ts.tolist())], np.int64)
+
+    def push(self, p: Predictions) -> None:
+        self._mine.append((p.instrument.astype(np.int64), p.ts, votes_digest(p), mix_digest(p)))
+
+    def compare(self, instruments: Sequence[Instrument], newest: int) -> Compared:
+        """`newest`: stamp of the last recorded event; predictions that only one side could make are counted as cut off."""
+        out = Compared(recorded=len(self.ts))
+        instrument, ts, votes, mix = (np.concatenate(c) if c else np.empty(0, np.int64) for c in zip(*self._mine)) if self._mine else (
+            np.empty(0, np.int64),) * 4
+        theirs, ours = numbered(self.instrument, self.ts), numbered(instrument, ts)
+        _, a, b = np.intersect1d(theirs, ours, assume_unique=True, return_indices=True)
+        same_votes, same_mix = self._votes[a] == votes[b], self._mix[a] == mix[b]
+        out.equal = int((same_votes & same_mix).sum())
+        wrong = np.flatnonzero(~(same_votes & same_mix)).tolist()
+        found = [
+            (int(ts[b[i]]), int(instrument[b[i]]), "what the ensemble makes of the votes" if same_votes[i] else "votes") for i in wrong
+        ]
+        last = int(self.ts[-1]) if len(self.ts) else 0
+        for keys, mine, what, end in ((theirs, a, "not made again", newest), (ours, b, "was not made in the session", last)):
+            other = np.ones(len(keys), bool)
+            other[mine] = False
+            for key in keys[other]:
+                if int(key["ts"]) >= end:
+                    out.cut_off += 1
+                else:
+                    found.append((int(key["ts"]), int(key["instrument"]), what))
+        out.differ = [{"ts": t, "instrument": instruments[k].id, "what": what} for t, k, what in sorted(found)]
+        return out
+
+
+# --- orders ---------------------------------------------------------------------------------------------------------------------------
+
+
+def orders(notes: Iterable[tuple[int, int, str, Any]]) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """What was ordered: signals and orders, each by what it belongs to, with terms and what came of them."""
+    out: dict[tuple[Any, ...], dict[str, Any]] = {}
+    places: dict[int, tuple[Any, ...]] = {}
+    many: Counter[tuple[Any, ...]] = Counter()
+    for _, now, kind, what in notes:
+        if kind == "signal":
+            key = (what["instrument"], what["predicted_at"], "signal")
+            many[key] += 1
+            out[*key, many[key]] = {"ts": now, "terms": {n: v for n, v in what.items() if n != "ts"}, "ends": []}
+        elif kind == "order":
+            if what["number"] not in places:
+                key = (what["instrument"], what["signal"], what["role"])
+                many[key] += 1
+                places[what["number"]] = (*key, many[key])
+                out[places[what["number"]]] = {"ts": now, "terms": {}, "ends": []}
+            one = out[places[what["number"]]]
+            if what["event"] == "OrderSubmitted":
+                one["terms"] = {n: what.get(n) for n in ("side", "quantity", "price", "trigger_price")}
+            else:
+                one["ends"].append([what["event"], *(what[n] for n in ("last_qty", "last_px", "liquidity_side") if n in what)])
+    return out
+
+
+def compare_orders(recorded: Any, again: Any) -> Compared:
+    out, theirs, ours = Compared(), orders(recorded), orders(again)
+    out.recorded = len(theirs)
+    for key in sorted(theirs.keys() | ours.keys(), key=lambda k: ((theirs.get(k) or ours[k])["ts"], str(k))):
+        a, b = theirs.get(key), ours.get(key)
+        instrument, signal, role, n = key
+        told = {"instrument": instrument, "signal": signal, "role": role, "number": n, "ts": (a or b)["ts"]}  # type: ignore[index]
+        if a is None or b is None:
+            out.differ.append({**told, "what": "not sent again" if b is None else "was not sent in the session"})
+        elif a["terms"] != b["terms"]:
+            changed = [f"{n} {a['terms'].get(n)} / {b['terms'].get(n)}" for n in a["terms"].keys() | b["terms"].keys()
+                       if a["terms"].get(n) != b["terms"].get(n)]  # fmt: skip
+            out.differ.append({**told, "what": "terms: " + ", ".join(sorted(changed))})
+        elif a["ends"] != b["ends"]:
+            out.differ.append({**told, "what": f"what came of it: {_ends(a['ends'])} / {_ends(b['ends'])}"})
+        else:
+            out.equal += 1
+    return out
+
+
+def _ends(events: Sequence[Sequence[str]]) -> str:
+    return "; ".join(" ".join(e).replace("Order", "", 1).lower() for e in events) or "nothing"
+
+
+def say(session: dict[str, Any], most: int = 20) -> None:
+    """A table of what is equal, and the first of each that is not."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=sys.stdout)
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "recorded", "equal", "not equal", "cut off"):
+        table.add_column(name, justify="left" if not name else "right")
+    for kind in ("features", "predictions", "orders"):
+        c = session[kind]
+        table.add_row(kind, *(f"{n:,}" for n in (c["recorded"], c["equal"], len(c["differ"]), c["cut_off"])))
+    console.print(table)
+    for kind in ("features", "predictions", "orders"):
+        for one in session[kind]["differ"][:most]:
+            rest = " ".join(f"{k} {v}" for k, v in one.items() if k not in ("what",))
+            print(f"{kind}: {rest}: {one['what']}")
+        if (more := len(session[kind]["differ"]) - most) > 0:
+            print(f"{kind}: {more:,} more in session.json")
+    for line in session["notes"]:
+        print(line)
