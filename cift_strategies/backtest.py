@@ -324,7 +324,7 @@ def _run(
             tables=config.models,
         )  # fmt: skip
 
-    _give_back()
+    give_back()
 
     from cift_models.hmm import REGIMES
     from cift_models.inference import Engine
@@ -371,7 +371,7 @@ def _run(
     )
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """What training has freed goes back to the system, where its C library can do so: the stream would come on top of it."""
     gc.collect()
     pa.default_memory_pool().release_unused()

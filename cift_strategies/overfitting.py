@@ -1,21 +1,18 @@
-"""How much of the best of many trials is luck: the probability of backtest overfitting and the deflated Sharpe ratio.
+"""How much of the best of many trials is luck: the probability of backtest overfitting.
 
 Takes the returns of all trials over the same periods, gives numbers and what their figures are drawn from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import combinations
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import kurtosis, norm, rankdata, skew
+from scipy.stats import rankdata
 
 type F64 = NDArray[np.float64]
-
-EULER: Final = 0.5772156649015329
 
 
 def sharpe(returns: F64) -> F64:
@@ -69,32 +66,3 @@ def pbo(returns: F64, blocks: int = 16) -> Overfitting | None:
         omega = rankdata(there)[best] / (n + 1)
         logit[i], inside[i], outside[i] = np.log(omega / (1 - omega)), here[best], there[best]
     return Overfitting(float((logit <= 0).mean()), logit, inside, outside)
-
-
-class Deflated(NamedTuple):
-    """`probability` that the true ratio exceeds zero, once `expected` is taken off: the best that so many trials show without skill."""
-
-    ratio: float
-    expected: float
-    probability: float
-    trials: int
-
-
-def deflated(returns: F64, ratios: Sequence[float] | F64, trials: int) -> Deflated | None:
-    """Deflated Sharpe ratio of the chosen trial's `returns` (T,), of `trials` whose Sharpe ratios `ratios` (a sample of them) vary.
-
-    Bailey and Lopez de Prado (2014), equations 1 and 2: expected = sqrt(V) ((1 - g) z(1 - 1/N) + g z(1 - 1/(N e))), probability =
-    Phi((SR - expected) sqrt(T - 1) / sqrt(1 - skew SR + (kurtosis - 1) / 4 SR^2)). One trial: the probabilistic Sharpe ratio. None where
-    there are fewer than 3 returns, or they do not vary.
-    """
-    n, ratio = len(returns), float(sharpe(returns[:, None])[0])
-    if n < 3 or not ratio:
-        return None
-    expected = 0.0
-    if trials > 1 and len(ratios) > 1:
-        z = norm.ppf([1 - 1 / trials, 1 - 1 / (trials * np.e)])
-        expected = float(np.std(ratios, ddof=1) * ((1 - EULER) * z[0] + EULER * z[1]))
-    scale = 1 - float(skew(returns)) * ratio + (float(kurtosis(returns, fisher=False)) - 1) / 4 * ratio**2
-    if not scale > 0:
-        return None
-    return Deflated(ratio, expected, float(norm.cdf((ratio - expected) * np.sqrt(n - 1) / np.sqrt(scale))), trials)

@@ -25,7 +25,7 @@ from catalog.errors import InputError
 from catalog.whole import replacing, sha256
 from cift_models.validate import groups
 from cift_models.work import code_key, data_key
-from cift_strategies.backtest import Plan, RunConfig, alternative, delay, need_cuda, plan, resolve, stream
+from cift_strategies.backtest import Plan, RunConfig, alternative, delay, give_back, need_cuda, plan, resolve, stream
 from cift_strategies.outcome import Traded
 from cift_strategies.results import write_json
 from cift_strategies.source import Source
@@ -92,7 +92,7 @@ def execute(job: Job) -> None:
     began, cpu = time.monotonic(), time.process_time()
     p = replace(_plan(job), config=job.config)
     traded = _trade(job, p)
-    tidy()
+    give_back()  # a worker does not grow with its runs
     positions = traded.positions
     with replacing(out) as part:
         stamps = {name: np.asarray(positions[name].cast("int64"), np.int64) for name in ("opened", "closed")}
@@ -157,13 +157,6 @@ def _mapped(folder: Path) -> Any:
     from cift_strategies.fast import Recorded
 
     return Recorded(folder)
-
-
-def tidy() -> None:
-    """What a run has freed goes back, so that a worker does not grow with its runs."""
-    from cift_strategies.backtest import _give_back
-
-    _give_back()
 
 
 # --- keys -----------------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cift_models.validate import Fold, cpcv, expanding, groups, paths
-from cift_strategies.overfitting import Overfitting, deflated, pbo, sharpe
+from cift_strategies.overfitting import Overfitting, pbo, sharpe
+from cift_strategies.performance import deflated_sharpe
 from cift_strategies.results import write_json
 from cift_strategies.sweep import NOTE, Trial, positions, returns
 from cift_strategies.sweep_board import short
@@ -47,7 +48,7 @@ def conclude(asked: Asked, trials: Sequence[Trial], out: Path) -> dict[str, Any]
     over = pbo(matrix, s.blocks)
     ratios = sharpe(matrix) if together else np.zeros(len(unique))
     ever = len({json.dumps(json.loads(f.read_text())["config"], sort_keys=True) for f in (out / "runs").glob("*/run.json")})
-    dsr = deflated(matrix[:, unique.index(best)], ratios, ever) if together else None
+    dsr = deflated_sharpe(matrix[:, unique.index(best)], ever, ratios.tolist())
     judged = None if s.validation is None or not together else _judged(s.validation, s.objective, sign, unique, start, end, s.periods)
     result: dict[str, Any] = {
         "file": str(asked.path), "method": s.method, "objective": s.objective, "direction": s.direction, "seed": s.seed,
@@ -58,7 +59,10 @@ def conclude(asked: Asked, trials: Sequence[Trial], out: Path) -> dict[str, Any]
             "probability": over.pbo, "loss": over.loss, "splits": len(over.logit), "blocks": s.blocks,
             "inside": float(over.inside.mean()), "outside": float(over.outside.mean()),
         },
-        "deflated_sharpe": None if dsr is None else {**dsr._asdict(), "variance": float(np.var(ratios))},
+        "deflated_sharpe": None if not dsr.defined else {
+            "ratio": dsr.ratio, "expected": dsr.expected_best, "probability": dsr.deflated, "trials": dsr.trials,
+            "variance": float(np.var(ratios)),
+        },
         "validation": judged,
         "table": [_row(t, s.periods) for t in trials],
     }  # fmt: skip

@@ -15,9 +15,8 @@ import pytest
 from cift_models.inference import Engine
 from cift_models.train import train
 from cift_strategies import fast
-from cift_strategies.backtest import Plan, RunConfig, plan, resolve
+from cift_strategies.backtest import Plan, RunConfig, give_back, plan, resolve
 from cift_strategies.faults import Faults
-from cift_strategies.sweep import tidy
 from cift_strategies.system import run_backtest
 
 ROUNDS = 5
@@ -87,7 +86,7 @@ def test_a_thousand_runs_in_one_worker_grow_it_by_less_than_50_mb(benchmark: Any
     def runs() -> None:
         for _ in range(RUNS):
             fast.trade(p, r)
-            tidy()
+            give_back()
             size.append(resident_mb())
 
     benchmark.pedantic(runs, rounds=1, iterations=1)

@@ -9,7 +9,8 @@ from statistics import NormalDist, mean, stdev
 import numpy as np
 import pytest
 
-from cift_strategies.overfitting import EULER, deflated, pbo, sharpe
+from cift_strategies.overfitting import pbo, sharpe
+from cift_strategies.performance import EULER, deflated_sharpe
 
 
 def ratio(x: list[float]) -> float:
@@ -60,7 +61,7 @@ def test_trials_that_never_traded_have_a_ratio_of_zero() -> None:
     returns = np.zeros((64, 3))
     returns[:, 1] = np.random.default_rng(0).normal(size=64)
     assert sharpe(returns)[[0, 2]].tolist() == [0.0, 0.0] and sharpe(returns)[1] == pytest.approx(ratio(returns[:, 1].tolist()))
-    assert deflated(returns[:, 0], sharpe(returns), 3) is None
+    assert not deflated_sharpe(returns[:, 0], 3, sharpe(returns).tolist()).defined
 
 
 def test_the_deflated_ratio_is_the_papers() -> None:
@@ -72,8 +73,8 @@ def test_the_deflated_ratio_is_the_papers() -> None:
     sr = ratio(r.tolist())
     expected = stdev(ratios.tolist()) * ((1 - EULER) * z.inv_cdf(1 - 1 / 40) + EULER * z.inv_cdf(1 - 1 / (40 * e)))
     wanted = z.cdf((sr - expected) * sqrt(n - 1) / sqrt(1 - skew * sr + (kurtosis - 1) / 4 * sr**2))
-    found = deflated(r, ratios, 40)
-    assert found is not None and found.probability == pytest.approx(wanted) and found.expected == pytest.approx(expected)
+    found = deflated_sharpe(r, 40, ratios.tolist())
+    assert found.deflated == pytest.approx(wanted) and found.expected_best == pytest.approx(expected)
 
 
 def test_the_best_of_many_unskilled_trials_is_expected_where_it_is_found() -> None:
@@ -82,9 +83,8 @@ def test_the_best_of_many_unskilled_trials_is_expected_where_it_is_found() -> No
     for _ in range(200):
         returns = rng.normal(size=(200, 50))
         ratios = sharpe(returns)
-        found = deflated(returns[:, ratios.argmax()], ratios, 50)
-        assert found is not None
+        found = deflated_sharpe(returns[:, ratios.argmax()], 50, ratios.tolist())
         best.append(ratios.max())
-        told.append(found.expected)
-        sure.append(found.probability > 0.95)
+        told.append(found.expected_best)
+        sure.append(found.deflated > 0.95)
     assert np.mean(told) == pytest.approx(np.mean(best), rel=0.05) and np.mean(sure) < 0.08
