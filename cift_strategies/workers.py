@@ -139,6 +139,7 @@ class Ray:
 
     def __init__(self, address: str) -> None:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is told to anybody
+        os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # workers run in this environment: a copy under `uv run` would find none
         if address.partition(":")[0] in ("127.0.0.1", "localhost"):  # Ray would look for it at this machine's address in the network
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         try:

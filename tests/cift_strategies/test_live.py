@@ -79,7 +79,7 @@ def test_a_session_leaves_what_a_backtest_leaves(played: tuple[Path, str]) -> No
         p.name for p in state.iterdir()
     }
     summary = json.loads((state / "summary.json").read_text())
-    assert summary["fills"] > 20 and summary["callback_errors"] == 0
+    assert summary["fills"] > 0 and summary["callback_errors"] == 0
     assert summary["open_at_end"] == 0 or "could not be closed" in said  # an unthrottled market is over before its last order is filled
     assert "the replay has ended" in said and "Traceback" not in said
     assert (state / "token").stat().st_mode & 0o077 == 0 and not (state / "link.sock").exists()
