@@ -179,13 +179,14 @@ class Recovery:
         """Prices of instrument `k` have come: see to its position, or to the entry that was to rest."""
         s, trade = self.strategy, self.strategy.trades[k]
         vector = s.last[k]
-        if vector is None or not math.isfinite(vector.rows[-1, MID]):
+        if vector is None or not math.isfinite(vector.mid):
             return
         if trade is None:
             self.waits.discard(k)
             for signal in [t.signal for j, t in self._unsent if j == k]:
-                if 0 <= s.now() - signal.ts < s.settings.entry_wait_ms * 1e6 and not s.halts:
-                    s.enter(replace(signal, ts=s.now()))
+                size = min(signal.size, s.ledger.most(k, vector.mid))  # prices have moved meanwhile
+                if size and 0 <= s.now() - signal.ts < s.settings.entry_wait_ms * 1e6 and not s.halts:
+                    s.enter(replace(signal, ts=s.now(), size=size))
             return
         if k in self._seeds and not s.cache.is_order_closed(self._seeds[k]):
             return

@@ -138,7 +138,13 @@ class Ledger:
         if equity <= 0 or stop_distance <= 0 or price <= 0:
             return 0
         units = limits.risk_per_trade * equity / (stop_distance * x.multiplier) * limits.regime_scale.get(regime, 1.0)
-        units = min(units, limits.max_notional * equity / (price * x.multiplier), limits.max_participation * shown)
+        units = min(units, limits.max_participation * shown)
+        return min(int(units * SCALE * (1 + 1e-12)) // x.lot * x.lot, self.most(k, price))
+
+    def most(self, k: int, price: float) -> int:
+        """The largest entry that the limits allow at `price`: 1e-9 units, a whole number of lots."""
+        x, limits = self.instruments[k], self.limits
+        units = limits.max_notional * max(0.0, limits.capital + self.pnl(x.currency)) / (price * x.multiplier)
         for most in (limits.max_position, limits.max_order):
             if most is not None:
                 units = min(units, most)

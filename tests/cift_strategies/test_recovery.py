@@ -73,9 +73,13 @@ def test_a_resting_entry_is_sent_again_or_reported_cancelled(lives: Lives, resti
     lives.live(point="the entry is accepted", settings=RESTS, resting=resting)
     assert lives.rows("select trade, by from closed where trade = 0") == [(0, "lost at a restart")]
     assert lives.rows("select event from orders where session = 2 and number = 0") == [("OrderCanceled",)]
-    first, second = lives.rows('select instrument, side, size, "limit", horizon_ns from signals where number < 2 order by number')
+    told = lives.rows('select instrument, side, "limit", horizon_ns, size from signals where number < 2 order by number')
+    (*first, size), (*second, again) = told
     fresh = lives.rows("select predicted_at from signals where number < 2 group by predicted_at")
-    assert (first == second and len(fresh) == 1) if resting == "resend" else len(fresh) == 2
+    if resting == "resend":  # as large as the limits allow at the price there is now
+        assert first == second and len(fresh) == 1 and 0.99 * size < again <= size
+    else:
+        assert len(fresh) == 2
 
 
 def test_a_position_is_left_when_its_orders_are_not_to_be_sent_again(lives: Lives) -> None:
