@@ -36,6 +36,16 @@ class Settings(BaseModel):
     flat_before_close_s: Annotated[float, Field(ge=0)] = 10.0  # the session's, or the data's end
 
 
+def toml(path: Path, option: str) -> dict[str, Any]:
+    """What a TOML file named by `option` holds. Raises InputError where it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise InputError(f"cannot read {option} {path}: {e.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise InputError(f"{option} {path} is not valid TOML: {e}") from None
+
+
 def configured[M: BaseModel](
     kind: type[M], path: Path | None, given: Mapping[str, Any], read: Mapping[str, Callable[[str], Any]] | None = None
 ) -> M:
@@ -43,15 +53,8 @@ def configured[M: BaseModel](
 
     Raises InputError with the file or the option, and the name of the setting that is wrong.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as e:
-            raise InputError(f"cannot read --config {path}: {e.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-            raise InputError(f"--config {path} is not valid TOML: {e}") from None
-        values |= {k: f(str(values[k])) for k, f in (read or {}).items() if k in values}
+    values = {} if path is None else toml(path, "--config")
+    values |= {k: f(str(values[k])) for k, f in (read or {}).items() if k in values}
     try:
         return kind.model_validate(values | dict(given))
     except ValidationError as e:

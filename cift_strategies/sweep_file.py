@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import tomllib
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from catalog.errors import InputError
 from catalog.moments import nanoseconds
 from cift_strategies.backtest import RunConfig
+from cift_strategies.settings import toml
 
 type Point = dict[str, Any]  # dotted key -> value
 
@@ -131,12 +131,12 @@ class Asked:
 def read(path: Path, given: Mapping[str, Any]) -> Asked:
     """The sweep file at `path`; `given` by the command line goes before its base. Raises InputError, one line, for whatever is wrong."""
     try:
-        found = SweepConfig.model_validate(_toml(path, "--sweep"))
+        found = SweepConfig.model_validate(toml(path, "--sweep"))
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(str(x) for x in first["loc"] if not isinstance(x, int) and not str(x).startswith(("dict[", "function", "lax")))
         raise InputError(f"{path}: {where}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
-    base = dict(found.base) if isinstance(found.base, dict) else _toml(found.base, f"{path}: base")
+    base = dict(found.base) if isinstance(found.base, dict) else toml(found.base, f"{path}: base")
     for key in ("start", "end"):
         if key in base:
             base[key] = nanoseconds(str(base[key]))
@@ -176,15 +176,6 @@ def _listed(axis: Axis, path: Path) -> tuple[Any, ...]:
         return axis.listed
     except InputError as e:
         raise InputError(f"{path}: {e}") from None
-
-
-def _toml(path: Path, option: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise InputError(f"cannot read {option} {path}: {e.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise InputError(f"{option} {path} is not valid TOML: {e}") from None
 
 
 def _axes(table: Mapping[str, Any], path: Path, before: str = "") -> list[Axis]:
