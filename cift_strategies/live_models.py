@@ -53,7 +53,7 @@ def prepare(config: LiveConfig) -> Prepared:
         found = sources.dbn(config.dbn, config.instruments, None, None, None)
         return Prepared(_chosen(found.instruments, config), config.artifacts, found.name, config.altdata, config.dbn)
     found = sources.demo(config.seed)
-    market = sources.STORE / f"demo-market-{config.seed}"
+    market = sources.demo_market(config.seed)
     files = [sorted(market.glob(f"*.{kind}.dbn.zst"))[-1] for kind in ("mbo", "definition")]
     altdata = config.altdata or found.altdata
     artifact = config.artifacts if config.artifacts is not None else demo_models(config, found)
