@@ -8,12 +8,31 @@ from __future__ import annotations
 
 import errno
 import sys
+import tomllib
 import traceback
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 
 class InputError(Exception):
     """The input is wrong. The message says what, where (file and place) and how to mend it; it may carry a block to paste."""
+
+
+def continued(text: str) -> str:
+    """A sentence as the rest of another one."""
+    return f"{text[:1].lower()}{text[1:]}"
+
+
+def toml(path: Path, option: str = "") -> dict[str, Any]:
+    """What a TOML file holds, which was named by `option`. Raises InputError where it cannot be read."""
+    named = f"{option} {path}".lstrip()
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise InputError(f"cannot read {named}: {e.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise InputError(f"{named} is not valid TOML: {e}") from None
 
 
 def exit_code(main: Callable[[], object]) -> int:

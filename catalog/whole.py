@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -50,3 +50,8 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes, read in pieces. Raises OSError."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sha256_of(files: Iterable[Path]) -> str:
+    """Hexadecimal SHA-256 over those of several files, in this order: what a result that some code has made is known by."""
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()

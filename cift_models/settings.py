@@ -12,14 +12,13 @@ import dataclasses
 import inspect
 import json
 import sys
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from catalog.errors import InputError
+from catalog.errors import InputError, continued, toml
 from cift_models.ensemble import member_class
 
 Tables = Mapping[str, Mapping[str, Any]]
@@ -27,12 +26,7 @@ Tables = Mapping[str, Mapping[str, Any]]
 
 def read(path: str | Path) -> dict[str, dict[str, Any]]:
     """The tables of a TOML file. Raises InputError where it cannot be read or holds anything but tables."""
-    try:
-        found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise InputError(f"cannot read {path}: {e.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise InputError(f"{path} is not valid TOML: {e}") from None
+    found = toml(Path(path))
     if loose := [k for k, v in found.items() if not isinstance(v, dict)]:
         raise InputError(f"{path}: {loose[0]} stands in no table: put it under [train], or under the name of a member")
     return found
@@ -66,7 +60,7 @@ def checked(kind: type[Any], table: Mapping[str, Any], where: str) -> Any:
         if first["type"] == "extra_forbidden":
             known = ", ".join(f.alias or k for k, f in model.model_fields.items())
             raise InputError(f"{where} {key} is no setting: choose among {known}") from None
-        raise InputError(f"{where} {key}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+        raise InputError(f"{where} {key}: {continued(first['msg'])}") from None
     except TypeError as e:
         raise InputError(f"{where} holds what is neither text, number, truth value nor list: {e}") from None
     except InputError as e:

@@ -23,7 +23,7 @@ from typing import Any, Final
 import numpy as np
 
 from catalog.errors import InputError
-from catalog.whole import replacing, sha256
+from catalog.whole import replacing, sha256_of
 
 PACKAGES: Final = ("catalog", "cift_models")
 LIBRARIES: Final = ("numpy", "numba", "torch", "xgboost", "scikit-learn", "scipy", "hmmlearn")
@@ -128,8 +128,7 @@ def code_key(paths: Sequence[str] = ()) -> dict[str, str]:
     for path in paths:
         found = getattr(importlib.import_module(path.partition(":")[0]), "__file__", None)
         files += [Path(found)] if found else []
-    digest = hashlib.sha256("".join(sha256(f) for f in files).encode()).hexdigest()
-    return {"sources": digest, "python": sys.version.split()[0], **{name: version(name) for name in LIBRARIES}}
+    return {"sources": sha256_of(files), "python": sys.version.split()[0], **{name: version(name) for name in LIBRARIES}}
 
 
 def data_key(root: str | Path) -> dict[str, Any]:

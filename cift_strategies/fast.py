@@ -252,7 +252,10 @@ class _Answers:
         """Those of the instrument of `heard`, its newest message, that are due after `now` and have not been told."""
         k, stop = heard.instrument, heard.before + heard.closes
         first = stop
-        while first and (i := self._of[k][first - 1], not self.told[i] and self.p.ts[i] + self.latency[i] > now)[1]:
+        while first:
+            i = self._of[k][first - 1]
+            if self.told[i] or self.p.ts[i] + self.latency[i] <= now:
+                break
             first -= 1
         return self.between(k, first, stop)
 

@@ -106,7 +106,7 @@ def _key(run: RunConfig, found: sources.Source) -> str:
     """Short name of what the demo's models follow from: the market, the members, and the code that fits them."""
     import hashlib
 
-    digest = hashlib.sha256(json.dumps([run.train, run.members, (found.root / "cift.json").read_text()]).encode())
-    for path in sorted((ROOT / "cift_models").glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:10]
+    from catalog.whole import sha256_of
+
+    told = [run.train, run.members, (found.root / "cift.json").read_text(), sha256_of(sorted((ROOT / "cift_models").glob("*.py")))]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:10]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from catalog.errors import InputError
+from catalog.errors import InputError, continued, toml
 
 
 class Settings(BaseModel):
@@ -36,16 +35,6 @@ class Settings(BaseModel):
     flat_before_close_s: Annotated[float, Field(ge=0)] = 10.0  # the session's, or the data's end
 
 
-def toml(path: Path, option: str) -> dict[str, Any]:
-    """What a TOML file named by `option` holds. Raises InputError where it cannot be read."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise InputError(f"cannot read {option} {path}: {e.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise InputError(f"{option} {path} is not valid TOML: {e}") from None
-
-
 def configured[M: BaseModel](
     kind: type[M], path: Path | None, given: Mapping[str, Any], read: Mapping[str, Callable[[str], Any]] | None = None
 ) -> M:
@@ -61,4 +50,4 @@ def configured[M: BaseModel](
         first = e.errors()[0]
         where = ".".join(str(x) for x in first["loc"] if not isinstance(x, int))
         named = f"{path}: {where}" if path is not None and first["loc"][0] not in given else "--" + where.replace("_", "-")
-        raise InputError(f"{named}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+        raise InputError(f"{named}: {continued(first['msg'])}") from None

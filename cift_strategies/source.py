@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import Final
 from catalog.errors import InputError
 from catalog.events import Instrument, catalog_range, is_inferred, read_catalog, read_instruments_toml, session_bounds
 from catalog.whole import STORE as STORE
+from catalog.whole import sha256_of
 
 DEMO_RECORDS: Final = 1_180_000  # of which a seventh are fill records, which repeat what trades and book changes tell
 
@@ -35,10 +35,8 @@ class Source:
 
 def demo_market(seed: int) -> Path:
     """Where the demo market of `seed` lies, as the present code makes it: one that older code has made is another market."""
-    told = hashlib.sha256()
-    for file in sorted((Path(__file__).parents[1] / "catalog").glob("*.py")):
-        told.update(file.read_bytes())
-    return STORE / f"demo-market-{seed}-{told.hexdigest()[:10]}"
+    code = sha256_of(sorted((Path(__file__).parents[1] / "catalog").glob("*.py")))
+    return STORE / f"demo-market-{seed}-{code[:10]}"
 
 
 def demo(seed: int) -> Source:

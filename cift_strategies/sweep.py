@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from catalog.errors import InputError
-from catalog.whole import replacing, sha256
+from catalog.whole import replacing, sha256, sha256_of
 from cift_models.validate import groups
 from cift_models.work import code_key, data_key
 from cift_strategies.backtest import Plan, RunConfig, alternative, delay, give_back, need_cuda, plan, resolve, stream
@@ -168,7 +168,7 @@ class _Keys:
     def __init__(self, folder: Path, fast: bool) -> None:
         self._folder, self._fast = folder, fast
         here = sorted(Path(__file__).parent.glob("*.py"))
-        self._code = {**code_key(), "strategies": hashlib.sha256("".join(sha256(f) for f in here).encode()).hexdigest()}
+        self._code = {**code_key(), "strategies": sha256_of(here)}
         self._sources: dict[str, Source] = {}
         self._data: dict[Path, Any] = {}
         self._versions: dict[Path, str] = {}

@@ -16,10 +16,9 @@ from typing import Annotated, Any, Final, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from catalog.errors import InputError
+from catalog.errors import InputError, continued, toml
 from catalog.moments import nanoseconds
 from cift_strategies.backtest import RunConfig
-from cift_strategies.settings import toml
 
 type Point = dict[str, Any]  # dotted key -> value
 
@@ -125,7 +124,7 @@ class Asked:
             named = next((k for k in point if k == ".".join(where)), next((k for k in point if where[:1] == k.split(".")[:1]), None))
             told = f"parameters.{named} = {point[named]!r}" if named is not None else f"base.{'.'.join(where)}"
             more = f" ({'.'.join(where)})" if named is not None and named != ".".join(where) else ""
-            raise InputError(f"{self.path}: {told}: {first['msg'][0].lower()}{first['msg'][1:]}{more}") from None
+            raise InputError(f"{self.path}: {told}: {continued(first['msg'])}{more}") from None
 
 
 def read(path: Path, given: Mapping[str, Any]) -> Asked:
@@ -135,7 +134,7 @@ def read(path: Path, given: Mapping[str, Any]) -> Asked:
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(str(x) for x in first["loc"] if not isinstance(x, int) and not str(x).startswith(("dict[", "function", "lax")))
-        raise InputError(f"{path}: {where}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+        raise InputError(f"{path}: {where}: {continued(first['msg'])}") from None
     base = dict(found.base) if isinstance(found.base, dict) else toml(found.base, f"{path}: base")
     for key in ("start", "end"):
         if key in base:
@@ -193,7 +192,7 @@ def _axes(table: Mapping[str, Any], path: Path, before: str = "") -> list[Axis]:
                 span = Range.model_validate(told)
             except ValidationError as e:
                 first = e.errors()[0]
-                raise InputError(f"{path}: parameters.{key}.{first['loc'][0]}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+                raise InputError(f"{path}: parameters.{key}.{first['loc'][0]}: {continued(first['msg'])}") from None
             if not span.low < span.high or (span.log and span.low <= 0):
                 least = "0 < low < high" if span.log else "low < high"
                 raise InputError(f"{path}: parameters.{key}: from {span.low} to {span.high} there is nothing to try: {least} is needed")

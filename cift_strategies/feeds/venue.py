@@ -157,7 +157,7 @@ class Venue:
         for session in list(self._sessions):
             if held is not None:
                 session.hold(held.amount)
-            session.report(report.seq, line * copies)
+            session.report(line * copies)
         if (fault := self.wrong("drop")) is not None:
             self._shut = int(fault.amount)
             for session in list(self._sessions):
@@ -237,7 +237,7 @@ class _Line:
         else:
             self._writer.write(text.encode())
 
-    def report(self, _seq: int, text: str) -> None:
+    def report(self, text: str) -> None:
         if self._listens:
             self._write(text)
 
