@@ -18,6 +18,7 @@ from rich.table import Table
 from catalog import altcommands, importer, parquet, quality
 from catalog.databento import import_dbn
 from catalog.dbn import SCHEMAS, Dbn, read_definitions, stream
+from catalog.definitions import beside
 from catalog.errors import InputError, exit_code, run_typer
 from catalog.estimate import count_events, estimate
 from catalog.events import Instrument, is_inferred, read_catalog, read_instruments_toml, text
@@ -33,7 +34,7 @@ console = Console(width=None if sys.stdout.isatty() else 160)
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
 Where = Annotated[Path, typer.Argument(help="the root of a catalog, or a DBN file")]
-Definitions = Annotated[Path | None, typer.Option("--instruments", help="TOML with definitions where the data has none")]
+Definitions = Annotated[Path | None, typer.Option("--instruments", help="TOML with definitions where the data has none, or with your fees")]
 
 
 def _names(symbols: str | None) -> list[str] | None:
@@ -191,7 +192,9 @@ def _describe_dbn(path: Path, as_json: bool) -> None:
 @app.command()
 def check(where: Where, instruments: Definitions = None, as_json: Json = False) -> None:
     """Count what is wrong with the data: crossed books, unknown orders, stamps that run backwards, gaps, prices off the tick."""
-    described = read_instruments_toml(instruments) if instruments else []
+    near = beside(where)
+    defined = [d.instrument for d in read_definitions(near)] if near else []
+    described = read_instruments_toml(instruments, defined) if instruments else []
     if is_lobster(where):
         raise InputError(f"{where} is a LOBSTER file: import it first (python -m catalog import {where}) and check the catalog")
     checker = _catalog_checker(where) if where.is_dir() else quality.Checker([])

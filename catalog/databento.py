@@ -37,7 +37,8 @@ def import_dbn(
 
     Status files among `files` or beside them become Nautilus's InstrumentStatus (:func:`catalog.events.trading_state`).
     Definitions: the TOML file first, then definition files among `files` or beside them (`x.definition.dbn.zst` beside
-    `x.mbo.dbn.zst`). `symbols`: raw symbols or instrument ids to keep. `start`, `end`: ns UTC, both inclusive, on the receive time.
+    `x.mbo.dbn.zst`); where both tell of an instrument, the TOML need not repeat what is the same. `symbols`: raw symbols or instrument ids
+    to keep. `start`, `end`: ns UTC, both inclusive, on the receive time.
     `out`: a folder that is absent, empty or holds this very import; None: a folder of the store named after files and content.
     Raises InputError for files that are damaged, incomplete, without records or of another schema, for unknown symbols, missing
     definitions (the message carries the TOML to write), prices off the tick, files that overlap in time, and a full disk.
@@ -45,7 +46,9 @@ def import_dbn(
     if start is not None and end is not None and start > end:
         raise InputError(f"the range is empty: it starts at {iso(start)} and ends at {iso(end)}")
     sources, definitions, states, passed = _sorted(files)
-    described = read_instruments_toml(instruments_toml) if instruments_toml else []
+    spreads: dict[str, int] = {}
+    known = {d.symbol: d for p in definitions for d in read_definitions(p, spreads)}
+    described = read_instruments_toml(instruments_toml, [d.instrument for d in known.values()]) if instruments_toml else []
     hashes = hash_files([f.path for f in sources], definitions, states)
     key = {
         "importer": importer.VERSION,
@@ -62,8 +65,6 @@ def import_dbn(
         return found
     for path, schema in passed.items():
         print(f"{path} holds {schema}, which is not read: passed over", file=sys.stderr)
-    spreads: dict[str, int] = {}
-    known = {d.symbol: d for p in definitions for d in read_definitions(p, spreads)}
     known |= {i.id.rsplit(".", 1)[0]: Definition(i, i.id.rsplit(".", 1)[0], *_facts(known.get(i.id.rsplit(".", 1)[0]))) for i in described}
     numbers = {d.number: d.symbol for d in known.values() if d.number}
     told = [s for p in states for s in read_status(p, numbers)]

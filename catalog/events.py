@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import re
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -163,6 +163,9 @@ _TOML: Final = {  # key: (type, needed)
 }
 
 
+_SAME: Final = ("kind", "multiplier", "currency", "session", "maker_fee", "taker_fee", "fee_per_unit")  # of an Instrument too
+
+
 def units(text: str) -> int:
     """A decimal text as an integer in units of 1e-9. Raises ValueError when it is no number or has more than 9 decimals."""
     try:
@@ -186,11 +189,12 @@ def text(value: int) -> str:
     return f"{Decimal(value) / SCALE:.{decimals(value)}f}"
 
 
-def read_instruments_toml(path: str | Path) -> list[Instrument]:
+def read_instruments_toml(path: str | Path, known: Iterable[Instrument] = ()) -> list[Instrument]:
     """Instruments described by hand, one `[[instrument]]` table each (example: docs/instruments/esh4.toml).
 
     symbol, venue, kind, tick and currency are needed; lot ("1"), multiplier (1.0), session (none), maker_fee, taker_fee (shares of
-    notional) and fee_per_unit (currency per unit) are optional. tick and lot are texts, so that they are exact.
+    notional) and fee_per_unit (currency per unit) are optional. tick and lot are texts, so that they are exact. Of an instrument in `known`
+    symbol, venue and what is to be another are enough; a session "" is none.
     Raises InputError naming the file, the table and the key; unknown keys are errors.
     """
     path = Path(path)
@@ -204,14 +208,15 @@ def read_instruments_toml(path: str | Path) -> list[Instrument]:
     if document or not isinstance(tables, list) or not tables:
         stray = f'unknown key "{next(iter(document))}"' if document else "no [[instrument]] table"
         raise InputError(f"{path}: {stray}; write one [[instrument]] table per instrument")
-    found = [_from_toml(t, f"{path}, [[instrument]] {n}") for n, t in enumerate(tables, 1)]
+    defined = {i.id: i for i in known}
+    found = [_from_toml(t, f"{path}, [[instrument]] {n}", defined) for n, t in enumerate(tables, 1)]
     ids = [i.id for i in found]
     if len(set(ids)) < len(ids):
         raise InputError(f"{path} describes {next(i for i in ids if ids.count(i) > 1)} twice: keep one")
     return found
 
 
-def _from_toml(table: Any, where: str) -> Instrument:
+def _from_toml(table: Any, where: str, known: Mapping[str, Instrument]) -> Instrument:
     if not isinstance(table, dict):
         raise InputError(f"{where} is no table")
     for key, value in table.items():
@@ -220,9 +225,12 @@ def _from_toml(table: Any, where: str) -> Instrument:
         kind = _TOML[key][0]
         if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
             raise InputError(f"{where}: {key} must be a {'number' if kind is float else 'text in quotes'}")
+    there = known.get(f"{table.get('symbol')}.{table.get('venue')}")
+    if there is not None:
+        table = {k: getattr(there, k) for k in _SAME} | {"tick": text(there.tick), "lot": text(there.lot)} | table
     if missing := [k for k, (_, needed) in _TOML.items() if needed and not table.get(k)]:
         raise InputError(f"{where}: {missing[0]} is missing")
-    if table["kind"] not in KINDS:
+    if table["kind"] not in KINDS and (there is None or table["kind"] != there.kind):
         raise InputError(f'{where}: kind "{table["kind"]}" is none of {", ".join(KINDS)}')
     try:
         tick, lot = units(table["tick"]), units(table.get("lot", "1"))
@@ -234,7 +242,7 @@ def _from_toml(table: Any, where: str) -> Instrument:
         raise InputError(f"{where}: tick, lot and multiplier must be above 0")
     if not all(abs(f) < float("inf") for f in fees.values()):
         raise InputError(f"{where}: fees must be finite numbers")
-    session = table.get("session")
+    session = table.get("session") or None
     if session is not None:
         _session(session)
     name = f"{table['symbol']}.{table['venue']}"

@@ -247,8 +247,9 @@ def import_lobster(
     if not days:
         raise InputError(f"{paths[0]} holds order books alone: name the message file too")
     days.sort(key=lambda d: (d.date, d.symbol))
-    described = {i.id.rsplit(".", 1)[0]: i for i in read_instruments_toml(instruments_toml)} if instruments_toml else {}
-    known = {d.symbol: Definition(described.get(d.symbol, equity(d.symbol)), d.symbol) for d in days}
+    plain = {d.symbol: equity(d.symbol) for d in days}
+    described = {i.id.rsplit(".", 1)[0]: i for i in read_instruments_toml(instruments_toml, plain.values())} if instruments_toml else {}
+    known = {symbol: Definition(described.get(symbol, i), symbol) for symbol, i in plain.items()}
     hashes = importer.hash_files([d.path for d in days], [d.seed for d in days if d.seed])
     key = {
         "importer": importer.VERSION,

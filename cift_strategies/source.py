@@ -104,7 +104,7 @@ def catalog(root: Path, symbols: Sequence[str] | None, described: Path | None = 
     found = _catalog(root.resolve().name, root, symbols, quality)
     if described is None:
         return found
-    told = {x.id: x for x in read_instruments_toml(described)}
+    told = {x.id: x for x in read_instruments_toml(described, found.instruments)}
     if unknown := sorted(set(told) - {x.id for x in found.instruments}):
         held = ", ".join(x.id for x in found.instruments)
         raise InputError(f"{described} describes {unknown[0]}, which {root} does not hold; it holds {held}")

@@ -212,6 +212,16 @@ def test_definitions_beside_the_data_give_expiry_and_multiplier(data, tmp_path):
     assert (i.expiration_ns, str(i.multiplier), i.exchange, i.underlying) == (1718976600000000000, "50", "XCME", "ES")
 
 
+def test_fees_of_ones_own_go_with_the_definition_beside_the_data(data, tmp_path):
+    from nautilus_trader.persistence import ParquetDataCatalog
+
+    (tmp_path / "fees.toml").write_text('[[instrument]]\nsymbol = "ESM4"\nvenue = "GLBX"\nfee_per_unit = 0.85')
+    info = import_dbn([data / "databento/esm4-glbx-mdp3-20240508.mbo.dbn.zst"], tmp_path / "c", tmp_path / "fees.toml")
+    (i,), (n,) = info.instruments, ParquetDataCatalog(str(info.root)).instruments()
+    assert (i.fee_per_unit, i.multiplier, i.session) == (0.85, 50.0, "17:00-16:00 America/Chicago")
+    assert (n.expiration_ns, n.underlying) == (1718976600000000000, "ES")
+
+
 # --- what Nautilus's book must be told --------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
@@ -169,6 +170,16 @@ def test_an_instrument_that_is_not_well_described_is_refused_by_file_table_and_k
     file.write_text("[[instrument]]\n" + "\n".join(f"{k} = {v}" for k, v in table.items()))
     with pytest.raises(InputError, match=message):
         read_instruments_toml(file)
+
+
+def test_of_an_instrument_that_is_defined_only_what_differs_need_be_told(tmp_path):
+    (es,) = read_instruments_toml(EXAMPLE)
+    (tmp_path / "x.toml").write_text('[[instrument]]\nsymbol = "ESH4"\nvenue = "GLBX"\nfee_per_unit = 0.5')
+    assert read_instruments_toml(tmp_path / "x.toml", [es]) == [replace(es, fee_per_unit=0.5)]
+    (tmp_path / "y.toml").write_text('[[instrument]]\nsymbol = "ESH4"\nvenue = "GLBX"\nsession = ""\ntick = "0.5"')
+    assert read_instruments_toml(tmp_path / "y.toml", [es]) == [replace(es, session=None, tick=500_000_000, price_precision=1)]
+    with pytest.raises(InputError, match="kind is missing"):
+        read_instruments_toml(tmp_path / "x.toml", [replace(es, id="ESM4.GLBX")])
 
 
 @pytest.mark.parametrize("body", ["", "a = [", "other = 1", "instrument = 5", "[[instrument]]\nsymbol = 3"])
