@@ -223,7 +223,14 @@ def read_instruments(root: Path, ids: Collection[str] | None = None) -> dict[str
     """
     from catalog import pauses
 
-    data, found, expiries = _folder(root), {}, {}
+    found = definitions(root, ids)
+    spans = pauses.read(root, {id_: expiry for id_, (_, expiry) in found.items()})
+    return {id_: replace(i, pauses=spans[id_]) if id_ in spans else i for id_, (i, _) in found.items()}
+
+
+def definitions(root: Path, ids: Collection[str] | None = None) -> dict[str, tuple[Instrument, int]]:
+    """As :func:`read_instruments`, without pauses, each with its expiry (ns UTC; the largest int64 where it has none)."""
+    data, found = _folder(root), {}
     for folder in sorted(p for p in data.iterdir() if p.is_dir() and p.name not in SCHEMA):
         for path in sorted(folder.glob("*/*.parquet")):
             with _open(path) as file:
@@ -236,12 +243,11 @@ def read_instruments(root: Path, ids: Collection[str] | None = None) -> dict[str
             for row in rows:
                 if ids is None or row["id"] in ids:
                     try:
-                        found[row["id"]], expiries[row["id"]] = _instrument(row, folder.name, path)
+                        found[row["id"]] = _instrument(row, folder.name, path)
                     except InputError:
                         if ids is not None:
                             raise
-    spans = pauses.read(root, expiries)
-    return {id_: replace(i, pauses=spans[id_]) if id_ in spans else i for id_, i in found.items()}
+    return found
 
 
 def _expiry(row: dict[str, Any]) -> int:

@@ -122,6 +122,13 @@ def read(root: Path, ids: Iterable[str]) -> dict[str, Steps]:
     return steps
 
 
+def by_symbol(states: Iterable[Status]) -> dict[str, Steps]:
+    """(`ts_init`, state) of each symbol, ascending."""
+    ordered = sorted(states, key=lambda s: (s.symbol, s.ts_init))
+    groups = ((symbol, list(g)) for symbol, g in itertools.groupby(ordered, key=lambda s: s.symbol))
+    return {symbol: (np.array([s.ts_init for s in g]), np.array([s.state for s in g], np.int8)) for symbol, g in groups}
+
+
 def trading_state(root: Path, instrument: str) -> Steps:
     """See :func:`catalog.events.trading_state`."""
     return read(root, [instrument]).get(instrument, (np.empty(0, np.int64), np.empty(0, np.int8)))
@@ -131,6 +138,15 @@ def at(steps: Steps, ts: Any) -> Any:
     """The state at each time of `ts` (ns UTC, int64 array): that of the last step at or before it, UNKNOWN before the first."""
     when, state = steps
     return np.append(state, np.int8(UNKNOWN))[np.searchsorted(when, ts, "right") - 1]
+
+
+def shut(steps: Steps) -> list[tuple[int, int]]:
+    """When the market is in another state than open or unknown: half-open spans, ns UTC, ascending, the last perhaps for ever."""
+    when, state = steps
+    closed = (state != OPEN) & (state != UNKNOWN)
+    ends = np.append(when[1:], np.int64(2**63 - 1))
+    begins, stops = closed & ~np.append(False, closed[:-1]), closed & ~np.append(closed[1:], False)
+    return list(zip(when[begins].tolist(), ends[stops].tolist()))
 
 
 def close_after(steps: Steps, ts: int) -> int:

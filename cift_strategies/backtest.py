@@ -22,6 +22,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from catalog import rolls
 from catalog.errors import InputError
 from catalog.estimate import estimate as estimated
 from catalog.events import Instrument, read_catalog, trading_state
@@ -105,14 +106,17 @@ class Plan:
         c = self.config
         return Terms(
             self.instruments, c.settings, c.limits, regimes, self.split + 1, self.ends, self.states(), round(c.order_latency_ms * 1e6),
-            faults,
+            faults, behind=self.behind(),
         )  # fmt: skip
+
+    def behind(self) -> dict[int, tuple[tuple[int, int], ...]]:
+        """When another of the contracts was the one to trade, by instrument: see :func:`catalog.rolls.behind`."""
+        told = rolls.behind(self.root, self.ids)
+        return {k: told[x.id] for k, x in enumerate(self.instruments) if x.id in told}
 
     def rolls(self) -> list[dict[str, Any]]:
         """Rolls from one of the contracts to another within the range: {"underlying", "from", "to", "ts"}."""
-        from catalog.pauses import rolls
-
-        return [r for r in rolls(self.root) if r["from"] in self.ids and r["to"] in self.ids and self.first <= r["ts"] <= self.last]
+        return [r for r in rolls.rolls(self.root) if r["from"] in self.ids and r["to"] in self.ids and self.first <= r["ts"] <= self.last]
 
     def states(self) -> dict[int, tuple[NDArray[np.int64], NDArray[np.int8]]]:
         """When each market was open, in an auction, halted or closed, for those of which the catalog tells."""

@@ -60,6 +60,7 @@ class Terms:
     faults: Faults = field(default_factory=Faults)
     pace: Pace | None = None  # of a stream whose time is not the clock's
     journal: Journal | None = None  # gets signals and order events before they are acted upon
+    behind: Mapping[int, Sequence[tuple[int, int]]] = field(default_factory=dict)  # instrument -> when it is not the front contract, ns
 
 
 @dataclass(slots=True)
@@ -235,6 +236,8 @@ class EnsembleStrategy(Strategy):
         state = self.market.get(k, status.UNKNOWN) if told is None else int(status.at(told, now))
         if state not in (status.OPEN, status.UNKNOWN):
             return self._decline(f"market: {status.STATES[state]}")
+        if any(a <= now < b for a, b in self.terms.behind.get(k, ())):
+            return self._decline("not the front contract")
         if reason := self.ledger.halted(k, now):
             return self._decline(reason)
         return self._best(p, k, now, mid, spread)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -109,6 +110,26 @@ def test_a_roll_knows_nothing_of_the_session_that_it_begins(tmp_path):
     for n in range(1, 4):
         some = rolls.schedule(import_dbn([tmp_path / "es.definition.dbn.zst", *files[:n]], tmp_path / f"c{n}").root)
         assert some == [r for r in whole if r["ts"] <= DAYS[n - 1]]
+
+
+def test_a_catalog_made_elsewhere_rolls_the_same_way(season, tmp_path):
+    """Without the importer's note, as Nautilus writes catalogs; its files may come later."""
+    shutil.copytree(season.root / "data", tmp_path / "c" / "data")
+    june = tmp_path / "c" / "data" / "trades" / "ESM4.GLBX"
+    june.rename(tmp_path / "later")
+    assert rolls.rolls(tmp_path / "c") == []
+    (tmp_path / "later").rename(june)
+    assert rolls.rolls(tmp_path / "c") == rolls.rolls(season.root) != []
+    assert [i.pauses for i in read_catalog(tmp_path / "c")[0]] == [i.pauses for i in read_catalog(season.root)[0]]
+
+
+def test_a_contract_is_behind_while_another_of_those_asked_for_is_the_one_to_trade(season, tmp_path):
+    roll, march, june = rolls.rolls(season.root)[0]["ts"], "ESH4.GLBX", "ESM4.GLBX"
+    assert rolls.behind(season.root, [march, june]) == {june: ((-(2**63), roll),), march: ((roll, 2**63 - 1),)}
+    assert rolls.behind(season.root, [june]) == rolls.behind(season.root, []) == {}
+    define(tmp_path / "es.definition.dbn.zst")
+    calm = import_dbn([tmp_path / "es.definition.dbn.zst", session(tmp_path, 0, (9, 3))], tmp_path / "c").root
+    assert rolls.behind(calm, [march, june]) == {june: ((-(2**63), 2**63 - 1),)}, "no roll yet: the nearest to expire"
 
 
 def test_one_contract_alone_never_rolls(tmp_path):

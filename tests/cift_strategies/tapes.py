@@ -151,13 +151,13 @@ class Played:
 def play(
     root: Path, instruments: Sequence[Instrument], predictor: Any, *, settings: Settings | None = None, limits: Limits | None = None,
     order_latency_ms: float = 1.0, act_from: int = 0, chunk_size: int | None = 100_000, strategy: str | None = None, ends: bool = True,
-    regimes: Sequence[str] = (), states: Mapping[int, Any] | None = None,
+    regimes: Sequence[str] = (), states: Mapping[int, Any] | None = None, behind: Mapping[int, Any] | None = None,
 ) -> Played:  # fmt: skip
     span, faults = Span(root, instruments), Faults()
     latency = round(order_latency_ms * MS)
     terms = Terms(
         instruments, settings or Settings(flat_before_close_s=0.0), limits or Limits(), regimes, act_from, span.ends() if ends else {},
-        states or {}, latency, faults,
+        states or {}, latency, faults, behind=behind or {},
     )
     system = assemble(terms, predictor, strategy)
     _, node, _ = run_backtest(system, Replay(root, instruments, span.first, span.last, 1_000_000.0, latency, chunk_size), faults)

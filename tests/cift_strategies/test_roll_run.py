@@ -141,6 +141,14 @@ def test_nothing_is_entered_in_the_halt_or_the_auction(season: Season) -> None:
     assert ((ts < season.shut[0]).any() and (ts > season.shut[1]).any())
 
 
+def test_only_the_front_contract_is_entered(season: Season) -> None:
+    fills = pq.read_table(season.out / "fills.parquet").to_pandas()
+    first, second = ((fills["instrument"] == x.id) & (fills["role"] == "entry") for x in season.result.instruments)
+    ts, roll = fills["ts"].astype("int64"), season.opens[2]
+    assert (ts[first] < roll).all() and (ts[second] >= roll).all() and first.any() and second.any()
+    assert season.summary["decisions"]["not the front contract"] > 0
+
+
 def test_on_a_half_day_all_is_closed_before_the_market_is(season: Season) -> None:
     positions = pq.read_table(season.out / "positions.parquet").to_pandas()
     mine = positions[positions["instrument"] == season.result.instruments[1].id]

@@ -167,6 +167,15 @@ def test_no_entry_in_an_auction_or_a_halt(calm: Path) -> None:
     assert [played.decisions[f"market: {s}"] for s in ("auction", "halted", "closed")] == [1, 1, 1]
 
 
+def test_a_contract_that_is_not_the_front_one_is_left_but_not_entered(calm: Path) -> None:
+    """The roll comes to it at two seconds and leaves it at four, 300 ms after an entry."""
+    spans = {0: [(-(2**63), OPEN + 2_000 * MS), (OPEN + 4_000 * MS, 2**63 - 1)]}
+    played = play(calm, [SHARE], Script({at: (1, 6.0, 0) for at in (1_000, 3_700, 5_000)}), behind=spans)
+    (position,) = played.positions
+    assert position["closed_by"] == "horizon" and ms_of(position["opened"]) < 4_000 < ms_of(position["closed"])
+    assert played.decisions["not the front contract"] == 2
+
+
 def test_flat_when_the_session_ends(tmp_path: Path) -> None:
     """The session closes at 22:13:23 after the open of the tape at 22:13:20 UTC; it opens again a minute later."""
     hours = replace(SHARE, session="22:13-22:14 UTC")
