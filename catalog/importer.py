@@ -93,8 +93,9 @@ def make(
     Raises InputError for sources without events, unknown symbols, missing definitions, prices off the tick, files that overlap in time,
     and a full disk.
     """
+    states = list(states)
     with _temporary(root) as temporary:
-        job = _Import(temporary, known, symbols, start, end, spreads or {})
+        job = _Import(temporary, known, symbols, start, end, spreads or {}, status.by_symbol(states))
         job.early(sources)
         try:
             with Steps("import", sum(f.size for f in sources), "bytes") as steps:
@@ -235,9 +236,9 @@ class _Import:
 
     def __init__(
         self, root: Path, known: dict[str, Definition], symbols: Sequence[str] | None, start: int | None, end: int | None,
-        spreads: Mapping[str, int],
+        spreads: Mapping[str, int], steps: Mapping[str, status.Steps],
     ) -> None:  # fmt: skip
-        self.root, self.known, self.spreads, self.passed = root, known, spreads, dict[str, None]()
+        self.root, self.known, self.spreads, self.passed, self.steps = root, known, spreads, dict[str, None](), steps
         self.wanted = set(symbols) if symbols is not None else None
         self.start, self.end = _LOWEST if start is None else start, 2**63 - 1 if end is None else end
         self.definitions: list[Definition] = []
@@ -296,7 +297,8 @@ class _Import:
                 raise InputError(f"{self.file.path} has more than 65,535 instruments: name the ones that are wanted with --symbols")
             self.index[d.instrument.id] = len(self.instruments)
             self.definitions.append(d)
-            self.instruments.append(d.instrument)
+            shut = status.shut(self.steps[d.symbol]) if d.symbol in self.steps else ()
+            self.instruments.append(replace(d.instrument, pauses=tuple(shut)))
             self.writers.append(tuple(Writer(self.root, kind, d.instrument) for kind in (DELTAS, TRADES, QUOTES)))  # type: ignore[arg-type]
             self.last, self.book, self.raw = (np.append(a, _LOWEST) for a in (self.last, self.book, self.raw))
         return self.index[d.instrument.id]

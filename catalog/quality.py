@@ -16,7 +16,21 @@ from numpy.typing import NDArray
 
 from catalog import book
 from catalog.book import BASE, CAP, EPOCH, EVENTS, LEVELS, MAX
-from catalog.events import ADD, CANCEL, CLEAR, F_BAD_TS_RECV, F_LAST, F_MAYBE_BAD_BOOK, F_MBP, F_SNAPSHOT, F_TOB, MODIFY, TRADE, Instrument
+from catalog.events import (
+    ADD,
+    CANCEL,
+    CLEAR,
+    F_BAD_TS_RECV,
+    F_LAST,
+    F_MAYBE_BAD_BOOK,
+    F_MBP,
+    F_SNAPSHOT,
+    F_TOB,
+    MODIFY,
+    TRADE,
+    Instrument,
+    session_bounds,
+)
 
 Array = NDArray[Any]
 
@@ -41,15 +55,21 @@ KINDS: Final = {
     "sequence_gap": "sequence number skipped, where the feed numbers this instrument alone",
     "bad_ts_recv": "flagged F_BAD_TS_RECV outside a snapshot",
     "maybe_bad_book": "flagged F_MAYBE_BAD_BOOK",
+    "silence": "half an hour or more of a session without an event, and no status record of a halt or close (an early close, or data lost)",
+    "missing_session": "session of a weekday without an event, and no status record of a close (a holiday, or data lost)",
     "bad_record": "record of an unknown action or side, or without a time (left out)",
 }
 NAMES: Final = tuple(KINDS)
 (
     _CROSSED, _CROSSED_SNAPSHOT, _LOCKED, _LOCKED_SNAPSHOT, _UNKNOWN_CANCEL, _UNKNOWN_MODIFY, _DUPLICATE, _PARTIAL, _INIT_BACK, _EVENT_BACK,
-    _ZERO, _NEGATIVE, _OFF_TICK, _TRADE_OFF_TICK, _UNDEFINED, _NO_SIDE, _SEQUENCE_BACK, _SEQUENCE_GAP, _BAD_RECV, _MAYBE_BAD, _BAD_RECORD,
+    _ZERO, _NEGATIVE, _OFF_TICK, _TRADE_OFF_TICK, _UNDEFINED, _NO_SIDE, _SEQUENCE_BACK, _SEQUENCE_GAP, _BAD_RECV, _MAYBE_BAD,
+    _SILENCE, _MISSING, _BAD_RECORD,
 ) = range(len(NAMES))  # fmt: skip
 _LAST_POINTS, _STEPS = len(NAMES), len(NAMES) + 1  # F_LAST points; sequence numbers that follow their predecessor
+_DAY: Final = 86_400_000_000_000  # ns
 _TS_INIT, _TS_EVENT, _SEQUENCE = range(3)  # words of the carried state
+SILENCE: Final = 1_800_000_000_000  # ns
+ROUND_THE_CLOCK: Final = ("crypto", "currency_pair")  # kinds that are open where no session is told; others may be closed for all we know
 GAP_SHARE: Final = 0.05  # a feed that skips more of its numbers than this numbers several instruments together: no gap can be told
 
 
@@ -165,6 +185,33 @@ def _scan(
     return len(rows)
 
 
+def _silent(i: Instrument, a: int, b: int) -> list[int]:
+    """The faults, one each, of a time from `a` to `b` (ns UTC) without an event of instrument `i`."""
+
+    def quiet(lo: int, hi: int) -> bool:
+        paused = sum(max(0, min(hi, to) - max(lo, since)) for since, to in i.pauses)
+        return hi - lo - paused >= SILENCE
+
+    if i.session is None:
+        open_now = bool(i.currency) and any(k in i.kind for k in ROUND_THE_CLOCK)
+        return [_SILENCE] if open_now and quiet(a, b) else []
+    found: list[int] = []
+    t = a
+    while t < b and len(found) < 1_000:
+        try:
+            opens, closes = session_bounds(i.session, t)
+        except (OverflowError, ValueError, OSError):  # a stamp outside the calendar
+            break
+        if not (opens < b and quiet(max(a, opens), min(b, closes))):
+            pass
+        elif opens < a or b < closes:
+            found.append(_SILENCE)
+        elif (closes // _DAY + 3) % 7 < 5:  # Monday to Friday: the first day of 1970 was a Thursday
+            found.append(_MISSING)
+        t = closes
+    return found
+
+
 class First(NamedTuple):
     """Where a fault was seen first: `position` in the stream or number of the record, `ts` (`ts_init`, ns), `sequence`, and the `file`."""
 
@@ -202,6 +249,7 @@ class Checker:
         self._books: dict[int, Array] = {}
         self._state: dict[int, tuple[Array, Array, Array]] = {}
         self._files: dict[tuple[int, int], str] = {}
+        self._seen: dict[int, int] = {}  # newest `ts_init` of each instrument outside snapshots
 
     def bad(self, position: int, ts: int, sequence: int) -> None:
         """A record of `file` that is no event."""
@@ -224,8 +272,25 @@ class Checker:
             none = np.flatnonzero(counts[: len(NAMES)] == 0)
             while (done := _scan(self._books[k], events, rows, done, positions, tick, rewrite, *self._state[k])) < len(rows):
                 self._books[k] = book.mended(self._books[k])
+            self._listen(k, events, rows, positions)
             self._files |= {(k, int(kind)): self.file for kind in none[counts[none] > 0]}
         self.events += len(events)
+
+    def _listen(self, k: int, events: Array, rows: Array, positions: Array) -> None:
+        """Look for times without an event of instrument `k`."""
+        rows = rows[events["flags"][rows] & F_SNAPSHOT == 0]
+        if not len(rows):
+            return
+        ts = events["ts_init"][rows]
+        ts = np.maximum.accumulate(np.append(self._seen.get(k, ts[0]), ts))
+        self._seen[k] = int(ts[-1])
+        _, counts, first = self._state[k]
+        for n in np.flatnonzero(np.diff(ts) >= SILENCE):
+            e = events[rows[n]]
+            for kind in _silent(self.instruments[k], int(ts[n]), int(ts[n + 1])):
+                if not counts[kind]:
+                    first[kind] = positions[rows[n]], e["ts_init"], np.int64(e["sequence"]), e["action"]
+                counts[kind] += 1
 
     def found(self, kind: str) -> tuple[int, int, int] | None:
         """(instrument index, position, `ts_init`) of the first of this kind, or None."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -109,6 +111,45 @@ def test_a_gap_is_told_where_the_feed_numbers_one_instrument_alone():
 
     assert stream([*range(1, 50), *range(60, 100)]) == 1
     assert stream(range(1, 300, 3)) == 0, "the numbers between belong to other instruments"
+
+
+NEW_YORK = Instrument("X.V", 10**7, 10**9, 1.0, "USD", "09:45-16:00 America/New_York", kind="equity")
+EARLY = [f"2024-11-{d}T{h}:{m}" for d, last in ((26, 16), (27, 13)) for h in range(10, last) for m in (10, 30, 50)]
+
+
+def silent(times, instrument):
+    """Trades at `times` of New York in winter."""
+    ts = (np.array(times, "M8[ns]") + np.timedelta64(5, "h")).astype(np.int64).tolist()
+    events = rows(*((t, "T", "B", 100, 1) for t in ts))
+    q = check([events], [instrument])
+    assert check(np.array_split(events, 5), [instrument]) == q
+    return {k: n for k, n in q.counts.items() if n}, {k: ts[place.position] for k, place in q.first.items()}
+
+
+def test_an_early_close_or_holiday_of_which_nothing_tells_may_be_lost_data():
+    """Thanksgiving of 2024 is Thursday the 28th: the 27th ends at 13:00 here, the 28th has no trade, the 29th opens as ever."""
+    told, first = silent([*EARLY, "2024-11-29T09:30"], NEW_YORK)
+    assert told == {"silence": 1, "missing_session": 1} and len(set(first.values())) == 1
+    assert silent([*EARLY, "2024-11-27T13:31"], NEW_YORK)[0] == {"silence": 1}
+    assert silent([*EARLY, "2024-11-27T13:05"], NEW_YORK)[0] == {}
+
+
+def test_what_status_records_calendar_and_weekend_explain_is_no_silence():
+    close, opening = (int(np.datetime64(t, "ns").astype(np.int64)) for t in ("2024-11-27T18:00", "2024-11-29T14:30"))
+    assert silent([*EARLY, "2024-11-29T09:30"], replace(NEW_YORK, pauses=((close, opening),)))[0] == {}
+    assert silent(["2024-11-22T15:59", "2024-11-25T09:31"], NEW_YORK)[0] == {}
+    assert silent(["2024-11-22T15:59", "2024-11-26T09:31"], NEW_YORK)[0] == {"missing_session": 1}
+
+
+def test_round_the_clock_every_silence_counts_but_not_where_the_session_is_not_known():
+    days = ["2024-11-22T15:59", "2024-11-25T09:31"]
+    assert silent(days, replace(NEW_YORK, session=None, kind="crypto_perpetual"))[0] == {"silence": 1}
+    assert silent(days, replace(NEW_YORK, session=None))[0] == {}
+
+
+def test_a_snapshot_is_no_sign_of_life():
+    events = rows((1, "A", "B", 100, 5, 1, F_LAST | F_SNAPSHOT), (10**15, "T", "B", 100, 1))
+    assert not any(check([events], [NEW_YORK]).counts.values())
 
 
 def test_numbers_may_begin_anew_where_the_book_is_cleared():
