@@ -17,46 +17,20 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from catalog import orders
 from catalog.definitions import UNDEFINED_PRICE, UNDEFINED_TIME, Definition, beside, definition, inferred, tick_of
 from catalog.errors import InputError
-from catalog.events import EVENT, SCALE, Instrument, canonical, decimals
+from catalog.events import EVENT, Instrument, canonical, decimals
 from catalog.levels import LAYOUTS, SAMPLED, STATE, Layout, convert, parts, room, unassigned
+from catalog.numbers import Numbers as Numbers
+from catalog.numbers import Span as Span
+from catalog.orders import MBO as MBO
 
 Array = NDArray[Any]
 CHUNK: Final = 1 << 16  # bytes of the file read at a time
 PIECE: Final = 1 << 21  # bytes handed on at a time, once unpacked: about 37,000 records
 MBO_TYPE, MAPPING_TYPE, DEFINITION_TYPE = 0xA0, 0x16, 0x13
 _TYPES: Final = (0, 1, 10, 0x11, 0x12, 0x13, 0x14, 0x15, 0x16, 0x17, 0x18, *range(0x20, 0x25), 0xA0, 0xB1, 0xC0, 0xC1, 0xC2, 0xC3, 0xC4)
-
-MBO: Final = np.dtype(
-    [
-        ("length", "u1"),
-        ("rtype", "u1"),
-        ("publisher_id", "<u2"),
-        ("instrument_id", "<u4"),
-        ("ts_event", "<u8"),
-        ("order_id", "<u8"),
-        ("price", "<i8"),
-        ("size", "<u4"),
-        ("flags", "u1"),
-        ("channel_id", "u1"),
-        ("action", "u1"),
-        ("side", "u1"),
-        ("ts_recv", "<u8"),
-        ("ts_in_delta", "<i4"),
-        ("sequence", "<u4"),
-    ]
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """From `start` to `end` (ns UTC, half open) the venue's instrument id `number` meant `symbol`."""
-
-    number: int
-    symbol: str
-    start: int = -(2**63)
-    end: int = 2**63 - 1
 
 
 # --- bytes ----------------------------------------------------------------------------------------------------------------------------
@@ -236,109 +210,10 @@ def _mapping(record: bytes) -> Span | None:
     return Span(number, symbol) if symbol else None
 
 
-# --- MBO to EVENT ---------------------------------------------------------------------------------------------------------------------
-
-
-@numba.njit(cache=True)
-def _convert(records: Array, numbers: Array, starts: Array, ends: Array, indices: Array, out: Array, where: Array) -> tuple[Any, Any, Any]:
-    """MBO records -> EVENT rows; `where` gets the row of each. Records of an index -2 are passed over.
-
-    Returns (rows, -1, 0) or (rows, record, why): 1 unknown action, 2 unknown side, 3 no time, 4 instrument id without an index.
-    """
-    n = 0
-    last: Any = -1
-    last_number: Any = -1
-    none = np.uint64(UNDEFINED_TIME)
-    limit = np.uint64(UNDEFINED_PRICE)
-    for i in range(records.shape[0]):
-        r = records[i]
-        action = r["action"]
-        if action == 70 or action == 78:  # F and N change nothing
-            continue
-        if not (action == 65 or action == 67 or action == 77 or action == 84 or action == 82):
-            return n, i, 1
-        side = r["side"]
-        if not (side == 66 or side == 65 or side == 78):
-            return n, i, 2
-        recv, event = r["ts_recv"], r["ts_event"]
-        if recv == none:
-            recv = event
-        if event == none:
-            event = recv
-        if recv > limit or event > limit:
-            return n, i, 3
-        number = np.int64(r["instrument_id"])
-        if number != last_number or last < 0 or np.int64(recv) >= ends[last] or np.int64(recv) < starts[last]:
-            last_number = number
-            last = np.searchsorted(numbers, number)
-            if last == numbers.shape[0] or numbers[last] != number:
-                return n, i, 4
-            while last + 1 < numbers.shape[0] and numbers[last + 1] == number and np.int64(recv) >= ends[last]:
-                last += 1
-        index = indices[last]
-        if index == -2:
-            continue
-        if index < 0:
-            return n, i, 4
-        e = out[n]
-        e["ts_event"] = event
-        e["ts_init"] = recv
-        e["price"] = 0 if action == 82 else r["price"]
-        e["size"] = np.int64(r["size"]) * SCALE
-        e["order_id"] = r["order_id"]
-        e["sequence"] = r["sequence"]
-        e["action"] = action
-        e["side"] = 1 if side == 66 else (-1 if side == 65 else 0)
-        e["flags"] = r["flags"]
-        e["instrument"] = index
-        where[n] = i
-        n += 1
-    return n, -1, 0
-
+# --- events ---------------------------------------------------------------------------------------------------------------------------
 
 SCHEMAS: Final = ("mbo", *LAYOUTS)
 _WHY: Final = {1: "has no known action", 2: "has no known side", 3: "has no time"}
-
-
-class Numbers:
-    """What the venue's instrument ids mean, at which time; extended while a file is read."""
-
-    def __init__(self, spans: list[Span]) -> None:
-        self._spans = list(spans)
-        self._index: dict[tuple[str, int], int] = {}  # a continuous symbol is another instrument after its roll
-        self._arrays: tuple[Array, Array, Array, Array] | None = None
-
-    def learn(self, spans: list[Span]) -> None:
-        """Mappings found within the stream hold from there on."""
-        for s in spans:
-            if s not in self._spans:
-                self._spans = [o for o in self._spans if o.number != s.number] + [s]
-                self._arrays = None
-
-    def symbols(self, number: int) -> list[str]:
-        """The symbols of an instrument id; its own digits where it has none."""
-        found = sorted({s.symbol for s in self._spans if s.number == number})
-        if not found:
-            self.learn([Span(number, str(number))])
-        return found or [str(number)]
-
-    def at(self, number: int, ts: int) -> list[str]:
-        """The symbol of an instrument id at a time."""
-        return sorted({s.symbol for s in self._spans if s.number == number and s.start <= ts < s.end}) or self.symbols(number)
-
-    def assign(self, symbol: str, number: int, index: int) -> None:
-        """`index` into the instrument table for `symbol` where it is `number`; -2: pass its records over."""
-        self._index[symbol, number] = index
-        self._arrays = None
-
-    def arrays(self) -> tuple[Array, Array, Array, Array]:
-        """(ids, starts, ends, indices), sorted; -1 where no index was assigned."""
-        if self._arrays is None:
-            spans = sorted(self._spans, key=lambda s: (s.number, s.start))
-            columns = zip(*((s.number, s.start, s.end, self._index.get((s.symbol, s.number), -1)) for s in spans)) if spans else ([],) * 4
-            numbers, starts, ends, indices = (np.array(c, np.int64) for c in columns)
-            self._arrays = numbers, starts, ends, indices
-        return self._arrays
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,7 +268,7 @@ class Events:
                 continue
             out, where, record = np.empty(len(raw), EVENT), np.empty(len(raw), np.int64), np.arange(first, first + len(raw))
             while True:
-                n, bad, why = _convert(raw, *self._numbers.arrays(), out, where)
+                n, bad, why = orders.convert(raw, *self._numbers.arrays(), out, where)
                 if bad < 0:
                     break
                 if why == 4:
