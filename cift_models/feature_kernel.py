@@ -1,7 +1,8 @@
 """The numba kernel behind :mod:`cift_models.features`: the layout of the state and what one event does to it.
 
 The state is one int64 array, read as float64 where it holds floats. :func:`_step` settles the book if the venue's event is over, lets
-time pass, takes the event and writes a row. An event costs one exponential: the decays of 8, 1 and 1/8 s are powers of that of 64 s.
+time pass, takes the event and writes a row. An event costs one exponential: the decays of 8, 1 and 1/8 s are powers of that of 64 s. What
+each event goes through is inlined, as in :mod:`catalog.book`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from numba import njit
 import catalog.book
 import catalog.events
 import cift_models.feature_table
-from catalog.book import ADDED, BASE, CAP, EVENTS, FAR, FEED, HEAD, LEVELS, MAX, REMOVED, TOUCH, UNTIL, Array, apply, room
+from catalog.book import ADDED, BASE, CAP, EVENTS, FAR, FEED, HEAD, LEVELS, MAX, REMOVED, TOUCH, UNTIL, Array, applied, room
 from catalog.events import F_SNAPSHOT, TRADE
 from cift_models.feature_table import FEATURES, NAMES
 
@@ -75,7 +76,7 @@ S.__dict__.update(zip(_SLOTS, _AT[:-1]))
 WORDS: Final = _AT[-1] - HEAD
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def _clock(s: Array, f: Array, t: Any) -> None:
     """Bring everything that decays by clock time to `t`, and note the mid at the end of the grid cells that are over."""
     t = min(max(t, 0), LATEST)
@@ -177,7 +178,7 @@ def _impact(s: Array, f: Array) -> None:
         f[S.row + C.kyle_lambda_se] = math.sqrt(residual / (n - 2) / xx) * trade
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def _trade(s: Array, f: Array, ts_event: Any, side: Any, price: Any, v: Any) -> None:
     """A trade of size `v` > 0 with aggressor `side`; the book has not followed yet."""
     f[S.volume_1] += v
@@ -209,7 +210,7 @@ def _trade(s: Array, f: Array, ts_event: Any, side: Any, price: Any, v: Any) -> 
     f[S.group_volume] += v
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def _orders(s: Array, f: Array, ts_event: Any) -> None:
     """Count what the event added to the book, and what it took away other than for a trade."""
     for k in range(2):
@@ -241,7 +242,7 @@ def _balance(b: Any, a: Any) -> Any:
     return (b - a) / (b + a) if b + a > 0.0 else np.nan
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def _side(s: Array, f: Array, k: Any, touch: Any, end: Any) -> None:
     """Refresh what is kept of side `k`, whose levels from `touch` to before `end` have changed."""
     n = s[LEVELS + k]
@@ -274,7 +275,7 @@ def _side(s: Array, f: Array, k: Any, touch: Any, end: Any) -> None:
     f[S.row + C.gap_bid + k] = gap
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def _flow(s: Array, f: Array, start: Any, end: Any) -> None:
     """Order flow at levels `start` to before `end` since the settled book: what bids gained less what asks did (Xu et al. 2018)."""
     for m in range(start, end):
@@ -287,7 +288,7 @@ def _flow(s: Array, f: Array, start: Any, end: Any) -> None:
         f[S.flow + m] = e
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def _learn(s: Array, f: Array) -> None:
     """Learn the micro-price (Stoikov 2018) from the change between two settled quotes.
 
@@ -308,7 +309,7 @@ def _learn(s: Array, f: Array) -> None:
     f[S.was_mid] = f[S.mid]
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def _settle(s: Array, f: Array) -> None:
     """The venue's event is over: if the best ten levels changed, the book goes into all that rolls and decays.
 
@@ -364,7 +365,7 @@ def _bin(spread: Any) -> Any:
     return np.int64(min(max(spread + 0.5, 0.0), BINS - 1.0))
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def _top(s: Array, f: Array) -> None:
     """The columns of the best bid and ask, one of which has changed."""
     row = S.row
@@ -387,7 +388,7 @@ def _top(s: Array, f: Array) -> None:
 @njit(error_model="numpy", inline="always")
 def _book(s: Array, f: Array, u: Array, e: Any, flow: Any) -> None:
     """Apply the event to the book and bring up to date what follows from its levels."""
-    apply(s, u, e["action"], e["side"], e["price"], e["size"], e["order_id"], e["flags"])
+    applied(s, u, e["action"], e["side"], e["price"], e["size"], e["order_id"], e["flags"])
     row = S.row
     if s[FEED] != s[S.feed]:
         s[S.feed] = s[FEED]
@@ -430,13 +431,13 @@ def _book(s: Array, f: Array, u: Array, e: Any, flow: Any) -> None:
     if s[S.restored] or not s[S.sound] or not s[S.was_sound]:
         for m in range(5):
             f[S.flow + m] = 0.0
-    elif was:
-        _flow(s, f, touch, end)
-    else:
-        _flow(s, f, s[S.dirty], 5 if deep else 1)
+        return
+    if not was:
+        touch, end = s[S.dirty], 5 if deep else 1
+    _flow(s, f, touch, end)
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def _now(s: Array, f: Array) -> None:
     """The columns that compare the present quote with settled books."""
     row, mid, d = S.row, f[S.mid], f[S.depth1]
@@ -460,7 +461,7 @@ def _now(s: Array, f: Array) -> None:
     f[row + C.low_distance] = mid - min(f[S.low], mid)
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def _flows(s: Array, f: Array) -> None:
     """The columns that stand still while neither time passes nor trades nor the best levels change."""
     row, deep = S.row, s[FEED] > 1
