@@ -55,7 +55,7 @@ def test_the_page_shows_all_of_it(small: Small, browser: Browser, tmp_path: Path
         for name in ("Mid price", "Profit and loss", "Share of each member"):
             page.get_by_role("img", name=name).locator("canvas").wait_for()
         assert page.locator(".empty").all_inner_texts() == []
-        assert len(page.locator(".log li").all()) == min(200, len(whole["logs"]["trades"]))
+        assert len(page.locator(".log li").all()) == min(100, len(whole["logs"]["trades"]))
         assert {b.inner_text() for b in page.locator(".head button").all()} == {"\N{CIRCLE WITH LEFT HALF BLACK}"}  # nothing to command
         page.close()
         assert not wrong

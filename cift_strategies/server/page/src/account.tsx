@@ -5,7 +5,7 @@ import type uPlot from "uplot";
 import { Chart } from "./chart";
 import { MEMBER, number, time, words } from "./format";
 import { Money, Panel, Table, held, over, price, side, units, type Column } from "./parts";
-import { orders, series, state, trades } from "./store";
+import { orders, series, slow, state, trades } from "./store";
 import type { Order, Position, Trade } from "./types";
 
 const CLOSED = 50; // trades that are shown
@@ -44,7 +44,7 @@ export function Profit(): JSX.Element {
         </ul>
       }
     >
-      <Chart label="Profit and loss net of costs over time" unit={lines().map((l) => l.label).join(", ")} lines={lines()} data={data} />
+      <Chart label="Profit and loss net of costs over time" unit={lines().map((l) => l.label).join(", ")} lines={lines()} data={data} due={slow} />
     </Panel>
   );
 }

@@ -4,7 +4,6 @@ import { createEffect, onCleanup, onMount, type JSX } from "solid-js";
 import uPlot from "uplot";
 import "uplot/dist/uPlot.min.css";
 import { number } from "./format";
-import { beat } from "./store";
 
 export interface Line {
   label: string;
@@ -19,7 +18,7 @@ interface Props {
   draw?: (u: uPlot) => void;
   step?: boolean;
   range?: [number, number]; // of the values, where it is known beforehand
-  watch?: () => unknown; // beside the frames, what the data depend on
+  due: () => unknown; // changes when there is something new to draw
   reach?: () => number[]; // values that have to be within sight, beside the data
 }
 
@@ -112,8 +111,7 @@ export function Chart(props: Props): JSX.Element {
     system.addEventListener("change", make);
     let due = 0;
     createEffect(() => {
-      beat();
-      props.watch?.();
+      props.due();
       if (document.hidden) return;
       cancelAnimationFrame(due);
       due = requestAnimationFrame(() => plot?.setData(props.data()));

@@ -5,7 +5,7 @@ import type uPlot from "uplot";
 import { Chart, css } from "./chart";
 import { REGIME, number } from "./format";
 import { Empty, Panel, Regime, held, instrument, position, price, setChosen, symbol, units } from "./parts";
-import { info, series, state } from "./store";
+import { beat, info, series, state } from "./store";
 import type { Level, Position } from "./types";
 
 const DENSE = 10; // instruments; beyond, each takes one line
@@ -200,7 +200,7 @@ export function Price(): JSX.Element {
         lines={[{ label: "mid", colour: "#888888" }]}
         data={data}
         draw={(u) => paint(u, position(), symbol())}
-        watch={symbol}
+        due={() => (beat(), symbol())}
         reach={() => (position()?.size ? [position()!.average, position()!.stop, position()!.target].filter((v) => v != null) : [])}
         step
       />

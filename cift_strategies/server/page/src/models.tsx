@@ -5,10 +5,11 @@ import type uPlot from "uplot";
 import { Chart, Key } from "./chart";
 import { MEMBER, horizon, number, percent, time } from "./format";
 import { Empty, Panel, instrument, over, symbol } from "./parts";
-import { beat, decisions, series, state } from "./store";
+import { decisions, series, slow, state } from "./store";
 import type { Instrument, Vote } from "./types";
 
 const [horizonShown, setHorizonShown] = createSignal<number | null>(null);
+const SHOWN = 100; // decisions
 const READABLE = 0.15; // of a bar; a smaller part has no room for its figure
 
 const colour = (member: string): string => MEMBER[state.models.members.findIndex((m) => m.member === member) % MEMBER.length] ?? MEMBER[0]!;
@@ -101,13 +102,14 @@ export function Weights(): JSX.Element {
   };
   return (
     <Panel title="Weights over time" area="weights" aside={<Key lines={there()} />}>
-      <Show when={there().length && (beat(), series.weights.length > 0)} fallback={<Empty>nobody has told of weights yet</Empty>}>
+      <Show when={there().length && (slow(), series.weights.length > 0)} fallback={<Empty>nobody has told of weights yet</Empty>}>
         <Chart
           label={`Share of each member in the ensemble over time, ${over() ? "mean over regimes" : "in the regime that holds"}`}
           unit={`share, ${over() ? "mean over regimes" : "in the regime that holds"}`}
           lines={there()}
           data={data}
           range={[0, 1]}
+          due={slow}
         />
       </Show>
     </Panel>
@@ -120,8 +122,9 @@ export function Log(): JSX.Element {
   const shown = createMemo(() =>
     decisions()
       .filter((d) => (!mine() || d.symbol === symbol()) && (!entered() || d.action === "enter"))
-      .slice(0, 200),
+      .slice(0, SHOWN),
   );
+  const longest = (): number => Math.max(6, ...state.instruments.map((x) => x.symbol.length));
   const nothing = (): string => (decisions().length ? "none of the newest decisions is of that kind" : over() ? "nothing was traded" : "no decision yet");
   return (
     <Panel
@@ -140,7 +143,7 @@ export function Log(): JSX.Element {
         </div>
       }
     >
-      <ol class="log" tabindex="0" aria-label="decisions, newest first">
+      <ol class="log" tabindex="0" aria-label="decisions, newest first" style={{ "--symbol": `${1.2 * longest()}ch` }}>
         <For each={shown()} fallback={<Empty>{nothing()}</Empty>}>
           {(d) => (
             <li classList={{ enter: d.action === "enter" && !over() }}>
