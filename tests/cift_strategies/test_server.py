@@ -23,6 +23,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from catalog.events import read_catalog
 from cift_strategies.server import requests as r
+from cift_strategies.server.__main__ import listen
 from cift_strategies.server.guard import ADDRESSES, Guard, Rates
 from cift_strategies.server.schemas import Frame
 
@@ -153,6 +154,25 @@ def test_a_taken_port_is_told_in_one_line(served: Served, tmp_path: Path) -> Non
     done = _start(tmp_path, "--port", served.url.rsplit(":", 1)[1])
     assert done.returncode == 2
     assert re.fullmatch(r"error: cannot listen at 127.0.0.1:\d+ \(.+\): choose another --port or --host\n", done.stderr)
+
+
+def test_no_answer_is_held_back_for_the_one_before_it() -> None:
+    async def accepted() -> int:
+        loop = asyncio.get_running_loop()
+        met: asyncio.Future[int] = loop.create_future()
+
+        class Greeter(asyncio.Protocol):
+            def connection_made(self, transport: Any) -> None:
+                met.set_result(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+                transport.close()
+
+        listener = listen("127.0.0.1", 0)
+        async with await loop.create_server(Greeter, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            writer.close()
+            return await met
+
+    assert asyncio.run(accepted()) == 1
 
 
 def test_another_host_name_is_not_answered(served: Served) -> None:
