@@ -222,9 +222,14 @@ def _logs(done: Finished, ids: list[str], names: list[str]) -> dict[str, Any]:
     fills = pq.read_table(done.folder / "fills.parquet").to_pylist()[-KEPT["fills"] :]
     trades = pq.read_table(done.folder / "positions.parquet").to_pylist()[-KEPT["trades"] :]
     changes = sorted((int(t), x, int(v)) for x in ids for t, v in zip(*done.curve("regime", x)))[-KEPT["regimes"] :]
+    told = (done.summary.get("diagnostics") or {}).get("weights") or {}
     return {
         "prices": {x: _thin(*done.curve("mid", x), KEPT["prices"]) for x in ids},
         "pnl": {done.currency: _thin(*done.equity("ensemble"), KEPT["pnl"])},
+        "weights": [
+            {"ts": t, "regime": "all", "values": np.mean(w, axis=0).round(5).tolist()}
+            for t, w in zip(told.get("ts") or (), told.get("weights") or ())
+        ],
         "regimes": [{"ts": t, "symbol": x, "regime": names[v] if 0 <= v < len(names) else None} for t, x, v in changes],
         "fills": [
             {
@@ -250,6 +255,6 @@ def _logs(done: Finished, ids: list[str], names: list[str]) -> dict[str, Any]:
                 f"{t['cost_ticks']:.2f}, confidence {t['confidence']:.2f}: closed by {t['closed_by']}, net {t['net']:+.2f}",
                 "horizon_ms": t["horizon_ns"] // MS, "confidence": t["confidence"], "times": 1,
             }
-            for i, t in enumerate(trades[-DECISIONS:])
+            for i, t in enumerate(sorted(trades[-DECISIONS:], key=lambda t: t["opened"]))
         ],
     }  # fmt: skip

@@ -16,7 +16,7 @@ from cift_strategies.server import requests as r
 from cift_strategies.server import streams
 from cift_strategies.server.link import Reader
 from cift_strategies.server.metrics import Metrics
-from cift_strategies.server.mirror import Mirror, Told, encode
+from cift_strategies.server.mirror import FRAME, Mirror, Told, encode
 from cift_strategies.server.problems import Fault, FieldError, Problem, install, responses
 from cift_strategies.server.schemas import Frame
 from cift_strategies.server.window import Windows
@@ -54,8 +54,8 @@ def make_app(mirror: Mirror, reader: Reader, windows: Windows, metrics: Metrics,
     return app
 
 
-def _json(value: Told) -> Response:
-    return Response(encode(value), media_type="application/json")
+def _json(text: str) -> Response:
+    return Response(text, media_type="application/json")
 
 
 def _reading(app: FastAPI, mirror: Mirror) -> None:
@@ -64,74 +64,86 @@ def _reading(app: FastAPI, mirror: Mirror) -> None:
             raise Fault(503, "the node has told nothing yet", {"Retry-After": "1"})
         return mirror.frame
 
-    def told(**content: Any) -> Response:
-        return _json({"ts": frame()["ts"], "age_ms": mirror.age_s * 1e3, "connected": mirror.connected, **content})
+    def told(**content: str) -> Response:
+        """`content`: JSON by name."""
+        head = encode({"ts": frame()["ts"], "age_ms": round(mirror.age_s * 1e3, 3), "connected": mirror.connected})
+        return _json(f"{head[:-1]},{','.join(f'"{name}":{text}' for name, text in content.items())}}}")
 
-    def of(items: Iterable[Told], symbol: str | None) -> list[Told]:
+    def now(name: str, make: Callable[[Told], Any]) -> str:
+        """What `make` gives of the newest frame."""
+        f = frame()
+        return mirror.text(FRAME, name, lambda: make(f))
+
+    def of(log: str, symbol: str | None, items: Callable[[], Iterable[Told]], working: bool = False) -> str:
+        """The entries of `log`: those of `symbol`, those that still work, or all."""
+        frame()
         if symbol is not None and symbol not in mirror.info:
             raise Fault(404, f"no instrument {symbol} here; there are {', '.join(mirror.info) or 'none yet'}")
-        return [x for x in items if symbol is None or x["symbol"] == symbol]
+
+        def mine(x: Told) -> bool:
+            return (symbol is None or x["symbol"] == symbol) and (not working or x["open"])
+
+        return mirror.text(log, (symbol, working), lambda: [x for x in items() if mine(x)])
 
     def route(path: str, model: Any, summary: str, *statuses: int) -> Callable[[Any], Any]:
         return app.get(f"/api/v1/{path}", response_model=model, summary=summary, tags=["state"], responses=responses(503, *statuses))
 
     @route("snapshot", Frame, "Everything the page shows, as a snapshot frame")
     async def snapshot() -> Response:
-        frame()
-        return _json(mirror.snapshot() or {})
+        return _json(now("snapshot", lambda _: mirror.snapshot()))
 
     @route("instruments", r.Instruments, "The instruments that are traded")
     async def instruments() -> Response:
-        return told(items=list(mirror.info.values()))
+        return told(items=now("instruments", lambda _: list(mirror.info.values())))
 
     @route("positions", r.Positions, "Net positions", 404, 422)
     async def positions(symbol: Symbol = None) -> Response:
-        return told(items=of(frame()["positions"], symbol))
+        return told(items=of(FRAME, symbol, lambda: frame()["positions"]))
 
     @route("orders", r.Orders, "Orders, newest state of each", 404, 422)
     async def orders(symbol: Symbol = None, working: Annotated[bool, Query(description="only those that still work")] = False) -> Response:
-        frame()
-        return told(items=[o for o in of(mirror.orders.values(), symbol) if o["open"] or not working])
+        return told(items=of("orders", symbol, mirror.orders.values, working))
 
     @route("fills", r.Fills, "Fills", 404, 422)
     async def fills(symbol: Symbol = None) -> Response:
-        frame()
-        return told(items=of(mirror.logs["fills"], symbol))
+        return told(items=of("fills", symbol, lambda: mirror.logs["fills"]))
 
     @route("trades", r.Trades, "Closed trades, entry to exit", 404, 422)
     async def trades(symbol: Symbol = None) -> Response:
-        frame()
-        return told(items=of(mirror.logs["trades"], symbol))
+        return told(items=of("trades", symbol, lambda: mirror.logs["trades"]))
 
     @route("decisions", r.Decisions, "What was decided, and why", 404, 422)
     async def decisions(symbol: Symbol = None) -> Response:
-        return told(declined=frame()["node"]["declined"], items=of(mirror.logs["decisions"], symbol))
+        items = of("decisions", symbol, lambda: mirror.logs["decisions"])
+        return told(declined=now("declined", lambda f: f["node"]["declined"]), items=items)
 
     @route("pnl", r.PnlNow, "Profit and loss, net of costs")
     async def pnl() -> Response:
-        return told(items=frame()["pnl"], curve={k: list(v) for k, v in mirror.pnl.items()})
+        curve = now("curve", lambda _: {k: list(v) for k, v in mirror.pnl.items()})
+        return told(items=now("pnl", lambda f: f["pnl"]), curve=curve)
 
     @route("regime", r.Regimes, "Market regimes")
     async def regime() -> Response:
-        now = {x["symbol"]: x["regime"] for x in frame()["instruments"]}
-        return told(names=frame()["models"]["regimes"], now=now, changes=list(mirror.logs["regimes"]))
+        by_symbol = now("regime", lambda f: {x["symbol"]: x["regime"] for x in f["instruments"]})
+        changes = mirror.text("regimes", None, lambda: list(mirror.logs["regimes"]))
+        return told(names=now("regimes", lambda f: f["models"]["regimes"]), now=by_symbol, changes=changes)
 
     @route("weights", r.WeightsNow, "The ensemble's weights")
     async def weights() -> Response:
-        frame()
-        return told(weights=mirror.weights, history=list(mirror.logs["weights"]))
+        history = mirror.text("weights", None, lambda: list(mirror.logs["weights"]))
+        return told(weights=now("weights", lambda _: mirror.weights), history=history)
 
     @route("feeds", r.Feeds, "Health of the data feeds")
     async def feeds() -> Response:
-        return told(items=frame()["feeds"])
+        return told(items=now("feeds", lambda f: f["feeds"]))
 
     @route("latency", r.Latency, "How long each stage takes")
     async def latency() -> Response:
-        return told(items=frame()["latency"])
+        return told(items=now("latency", lambda f: f["latency"]))
 
     @route("models/status", r.ModelsStatus, "The models that are in use")
     async def models() -> Response:
-        return told(**frame()["models"])
+        return told(**{k: encode(v) for k, v in frame()["models"].items()})
 
 
 def _commands(app: FastAPI, mirror: Mirror, reader: Reader) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from fastapi import HTTPException, Response
 
@@ -22,13 +22,14 @@ from catalog.errors import InputError
 from cift_strategies.server.problems import problem
 
 BODY: Final = 8 << 20  # bytes of a request
-OPEN: Final = frozenset({"/health", "/ready"})  # never need a token
+OPEN: Final = frozenset({"/health", "/ready"})  # need no token to be read
 READING: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 COOKIE: Final = "cift_token"
 PROTOCOL: Final = "cift"  # WebSocket subprotocol; beside it "cift.bearer.<token>" carries the token where headers cannot be set
 LOCAL: Final = ("127.0.0.1", "localhost", "::1")
 RATES: Final = {"command": (20.0, 50.0), "predict": (50.0, 100.0), "other": (2_000.0, 4_000.0)}  # requests a second, burst; of one address
 ADDRESSES: Final = 1_024  # whose rates are remembered
+UNKNOWN_HOST: Final = "this server does not answer to that host name: start it with --host-name to add one"
 
 type Scope = dict[str, Any]
 type Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -112,45 +113,55 @@ class Guard:
         headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
         path, method = scope["path"], scope["method"]
         reading = method in READING
+        changes = not reading and path != "/api/v1/predict"
         if not self._host(headers):
-            return problem(421, "this server does not answer to that host name: start it with --host-name to add one")
-        if wait := self._rates.wait(_address(scope), "other"):
-            return _later(wait)
+            return problem(421, UNKNOWN_HOST)
+        bearer = self._bearer(headers)
+        if not (changes and bearer) and (wait := self._rates.wait(_address(scope), "other")):
+            return _later(wait)  # nobody without the token can use up what a kill needs
         given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0] if path == "/" and method == "GET" else ""
         if given and self._right(given):
             return Response(None, 303, {"Location": "/", "Set-Cookie": f"{COOKIE}={given}; HttpOnly; SameSite=Strict; Path=/"})
-        changes = not reading and path != "/api/v1/predict"
-        needed = (changes or self._everything) and path not in OPEN
-        if needed and not (self._bearer(headers) or (not changes and self._cookie(headers))):
-            why = "this needs the token: send `Authorization: Bearer <token>`, with what the file `token` in the state folder holds"
-            return problem(401, why, headers={"WWW-Authenticate": "Bearer"})
+        needed = changes or (self._everything and path not in OPEN)
+        if needed and not (bearer or (not changes and self._cookie(headers))):
+            return _unknown()
         if not reading and (wait := self._rates.wait(_address(scope), "command" if changes else "predict")):
-            return _later(wait)  # after the token: nobody without it can use up what a kill needs
+            return _later(wait)
         length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > BODY:
+        if not length.isdecimal() or int(length) > BODY:
             return problem(413, f"a request may have {BODY} bytes")
         return None
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
-        origin = headers.get("origin")
-        own = origin is not None and urlsplit(origin).netloc.lower() == headers.get("host", "").lower()
-        refused = not self._host(headers) or (origin is not None and not own and origin.rstrip("/").lower() not in self._origins)
         offered = [p.strip() for p in headers.get("sec-websocket-protocol", "").split(",")]
-        bearer = next((p.removeprefix(f"{PROTOCOL}.bearer.") for p in offered if p.startswith(f"{PROTOCOL}.bearer.")), "")
-        if self._everything and not (self._bearer(headers) or self._cookie(headers) or self._right(bearer)):
-            refused = True
-        if refused or self._rates.wait(_address(scope), "other"):
-            await receive()
-            await send({"type": "websocket.close", "code": 1008})  # before it is accepted: 403
+        answer = self._refused_socket(scope, headers, offered)
+        if answer is not None:
+            await answer(scope, receive, send)  # type: ignore[arg-type]
             return
         scope["cift.protocol"] = PROTOCOL if PROTOCOL in offered else None
         await self._app(scope, receive, send)
+
+    def _refused_socket(self, scope: Scope, headers: dict[str, str], offered: list[str]) -> Response | None:
+        if not self._host(headers):
+            return problem(421, UNKNOWN_HOST)
+        if wait := self._rates.wait(_address(scope), "other"):
+            return _later(wait)
+        origin = headers.get("origin")
+        if origin is not None and origin.partition("://")[2].lower() != headers.get("host", "").lower() and not self._origin(origin):
+            return problem(403, f"pages of {origin} may not open streams here: start the server with --origin to allow them")
+        bearer = next((p.removeprefix(f"{PROTOCOL}.bearer.") for p in offered if p.startswith(f"{PROTOCOL}.bearer.")), "")
+        if self._everything and not (self._bearer(headers) or self._cookie(headers) or self._right(bearer)):
+            return _unknown()
+        return None
 
     def _host(self, headers: dict[str, str]) -> bool:
         host = headers.get("host", "").lower()
         name = host.rsplit(":", 1)[0] if not host.endswith("]") and ":" in host else host
         return name.strip("[]") in self._hosts or "*" in self._hosts
+
+    def _origin(self, origin: str) -> bool:
+        return origin.rstrip("/").lower() in self._origins
 
     def _right(self, given: str) -> bool:
         return hmac.compare_digest(given.encode(), self._token)
@@ -162,6 +173,11 @@ class Guard:
     def _cookie(self, headers: dict[str, str]) -> bool:
         pairs = (c.strip().partition("=") for c in headers.get("cookie", "").split(";"))
         return any(name == COOKIE and self._right(value) for name, _, value in pairs)
+
+
+def _unknown() -> Response:
+    why = "this needs the token: send `Authorization: Bearer <token>`, with what the file `token` in the state folder holds"
+    return problem(401, why, headers={"WWW-Authenticate": "Bearer"})
 
 
 def _later(wait: float) -> Response:

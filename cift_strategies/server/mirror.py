@@ -1,12 +1,12 @@
 """What the server knows of the node: the newest frame, its logs merged over time, and who is to be told of news.
 
-:class:`Mirror` takes the link's messages; :class:`Client` is one listener with a bounded queue: who does not keep up is cut off, and nobody
-waits for anybody.
+:class:`Mirror` takes the link's messages; :class:`Client` is one listener, for which a bounded number of bytes may wait: who does not
+keep up is cut off, and nobody waits for anybody. What many ask for is encoded once: a frame and a message for all clients, a list for all
+requests until it changes.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections import deque
@@ -15,8 +15,9 @@ from typing import Any, Final
 
 from cift_strategies.server.schemas import KEPT
 
-QUEUE: Final = 128  # messages that may wait for one client
+WAITING: Final = 1 << 20  # bytes that may wait for one client, beside what the system holds for it
 FRESH_S: Final = 5.0  # a frame older than this is no sign of a living node
+FRAME: Final = "frame"
 NUMBERED: Final = ("decisions", "signals", "fills", "trades")  # logs whose entries have a seq
 
 type Told = dict[str, Any]
@@ -27,29 +28,49 @@ def encode(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
+def framed(payload: bytes) -> bytes:
+    """`payload` as a text message on a server's WebSocket (RFC 6455, 5.2: final, not masked)."""
+    n = len(payload)
+    if n < 126:
+        return b"\x81%c" % n + payload
+    return (b"\x81\x7e" + n.to_bytes(2) if n < 1 << 16 else b"\x81\x7f" + n.to_bytes(8)) + payload
+
+
 class Client:
-    """A listener of `wanted` symbols (None: all) with its queue; `slow` is set once it has been overrun."""
+    """A listener of `wanted` symbols (None: all). `write` puts bytes on its connection at once, `waiting` tells how many it has not taken;
+    where that are more than WAITING, `cut` is called, once, and nothing is written any more.
+    """
 
-    __slots__ = ("queue", "seq", "slow", "wanted")
+    __slots__ = ("_cut", "_new", "_waiting", "_write", "seq", "slow", "wanted")
 
-    def __init__(self, wanted: frozenset[str] | None = None) -> None:
-        self.wanted = wanted
-        self.queue: asyncio.Queue[str] = asyncio.Queue(QUEUE)
-        self.slow = asyncio.Event()
+    def __init__(
+        self, write: Callable[[bytes], object], waiting: Callable[[], int], cut: Callable[[], object], wanted: frozenset[str] | None = None
+    ) -> None:
+        self._write, self._waiting, self._cut, self.wanted = write, waiting, cut, wanted
+        self._new: list[bytes] = []
+        self.slow = False
         self.seq = 0
 
-    def put(self, text: str) -> None:
-        if self.slow.is_set():
+    def put(self, data: bytes) -> None:
+        """Write framed messages. The first may be as long as it likes: what waited before it counts."""
+        if self.slow:
             return
-        try:
-            self.queue.put_nowait(text)
-        except asyncio.QueueFull:
-            self.slow.set()
+        if self._waiting() > WAITING:
+            self.slow = True
+            self._cut()
+        else:
+            self._write(data)
 
-    def number(self, body: str) -> None:
-        """Put `body` (the members of a JSON object, without braces) with the next number of this client."""
+    def number(self, body: bytes) -> None:
+        """Keep `body` (the members of a JSON object, without braces), with the next number of this client, until :meth:`flush`."""
         self.seq += 1
-        self.put(f'{{"seq":{self.seq},{body}}}')
+        self._new.append(framed(b'{"seq":%d,%b}' % (self.seq, body)))
+
+    def flush(self) -> None:
+        """Write what was numbered, in one piece."""
+        if self._new:
+            self.put(b"".join(self._new))
+            self._new.clear()
 
 
 class Mirror:
@@ -67,6 +88,7 @@ class Mirror:
         self.orders: dict[str, Told] = {}
         self.prices: dict[str, deque[Any]] = {}
         self.pnl: dict[str, deque[Any]] = {}
+        self._texts: dict[str, dict[Any, str]] = {}  # name of a log, or FRAME -> what was asked of it -> JSON, until it changes
         self.frame_clients: set[Client] = set()
         self.prediction_clients: set[Client] = set()
         self._forget()
@@ -74,6 +96,7 @@ class Mirror:
     def _forget(self) -> None:
         self.logs = {name: deque(maxlen=KEPT[name]) for name in ("regimes", "decisions", "signals", "fills", "trades", "weights")}
         self.orders, self.prices, self.pnl = {}, {}, {}
+        self._texts.clear()
         self._serial = dict.fromkeys(NUMBERED, 0)
         self._predicted: dict[str, int] = {}
 
@@ -90,6 +113,7 @@ class Mirror:
         """The link was lost."""
         self.connected = False
         self._status()
+        self._flush()
 
     # --- what comes from the node -----------------------------------------------------------------------------------------------------
 
@@ -98,6 +122,7 @@ class Mirror:
         if "signal" in message:
             if self.frame is not None:
                 self._signals([message["signal"]])
+                self._flush()
             return
         try:
             text = encode(message)
@@ -114,16 +139,19 @@ class Mirror:
         self.frames += 1
         logs = message.pop("logs")
         self.frame = message
+        self._texts.pop(FRAME, None)
         if message["info"] is not None:
             self.info = {x["symbol"]: x for x in message["info"]}
         self.weights = message["weights"] or self.weights
         self._merge(logs, message["kind"] == "snapshot")
+        data = framed(text.encode())
         for client in self.frame_clients:
-            client.put(text)
+            client.put(data)
         if back:
             self._status()
         self._signals(logs.get("signals", ()))
         self._predictions(message["instruments"])
+        self._flush()
 
     def _merge(self, logs: Told, whole: bool) -> None:
         for name, kept in self.logs.items():
@@ -136,6 +164,10 @@ class Mirror:
             elif whole and new:
                 kept.clear()
             kept.extend(new)
+            if new:
+                self._texts.pop(name, None)
+        if logs.get("orders"):
+            self._texts.pop("orders", None)
         for order in logs.get("orders", ()):
             self.orders.pop(order["id"], None)
             self.orders[order["id"]] = order
@@ -163,14 +195,19 @@ class Mirror:
                     self._tell(x["symbol"], f'"type":"prediction","prediction":{encode(p)}')
 
     def _tell(self, symbol: str, body: str) -> None:
+        told = body.encode()
         for client in self.prediction_clients:
             if client.wanted is None or symbol in client.wanted:
-                client.number(body)
+                client.number(told)
 
     def _status(self) -> None:
-        body = f'"type":"status","status":{encode(self.status())}'
+        body = f'"type":"status","status":{encode(self.status())}'.encode()
         for client in self.prediction_clients:
             client.number(body)
+
+    def _flush(self) -> None:
+        for client in self.prediction_clients:
+            client.flush()
 
     # --- what is told -----------------------------------------------------------------------------------------------------------------
 
@@ -178,6 +215,13 @@ class Mirror:
         """Whether the node is there, and what it does."""
         node = {} if self.frame is None else self.frame["node"]
         return {"connected": self.connected, "state": node.get("state"), "reason": node.get("reason", "")}
+
+    def text(self, name: str, asked: Any, make: Callable[[], Any]) -> str:
+        """JSON of what `make` gives, made once for each `asked` until the log `name`, or for FRAME the frame, has changed."""
+        texts = self._texts.setdefault(name, {})
+        if asked not in texts:
+            texts[asked] = encode(make())
+        return texts[asked]
 
     def snapshot(self) -> Told | None:
         """The newest frame as a snapshot, with all logs."""

@@ -279,10 +279,10 @@ class RegimeChange(Told):
 
 
 class WeightsPoint(Told):
-    """The weights in the regime that most instruments are in now, mean over horizons; once a second."""
+    """The weights in the regime that most instruments are in now, mean over horizons; once a second. Absent members hold weight too."""
 
     ts: Ns
-    regime: str
+    regime: Annotated[str, Field(description='"all": the mean over regimes, as a finished run has it')]
     values: list[float] = Field(description="by member, in the order of `models.members`")
 
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from own_strategies import Eager
 
 
@@ -21,6 +22,23 @@ class Trips(Eager):
         if self.signals >= 5 and any(self.trades):
             Path(os.environ["CIFT_KILL"]).touch()
         return super().decide(p)
+
+
+class Timed(Eager):
+    """Writes of each prediction when it was decided on (time.monotonic_ns) and how long after its event that was (ns of the stream) to the
+    file in CIFT_TIMED, (n, 2) int64, when the session ends."""
+
+    def __init__(self, terms: Any) -> None:
+        super().__init__(terms)
+        self.timed: list[tuple[int, int]] = []
+
+    def on_prediction(self, message: Any) -> None:
+        super().on_prediction(message)
+        self.timed.append((time.monotonic_ns(), self.now() - message.ts))
+
+    def on_stop(self) -> None:
+        super().on_stop()
+        np.save(os.environ["CIFT_TIMED"], np.array(self.timed, np.int64))
 
 
 class Fails(Eager):

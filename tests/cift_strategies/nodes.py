@@ -98,7 +98,7 @@ class Node:
         self.messages = messages
         self.at = 0
         self.commands: list[tuple[str, dict[str, Any]]] = []
-        self.state = "running"
+        self.state = messages[0]["node"]["state"]
         self.answer: Callable[[str, dict[str, Any]], Any] = self._obey
         self.link = Link(folder / "link.sock", self._command)
         self._lock = threading.Lock()

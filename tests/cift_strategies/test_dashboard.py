@@ -86,14 +86,15 @@ def test_numbers_are_those_of_the_api(page: Page, served: Served) -> None:
 
 
 def test_votes_are_those_of_the_members(page: Page, served: Served) -> None:
-    told = served.http.get("/api/v1/snapshot").json()["instruments"][0]["prediction"]["horizons"]
-    for h in told:
+    whole = served.http.get("/api/v1/snapshot").json()
+    absent = {m["member"] for m in whole["models"]["members"] if not m["present"]}
+    for h in whole["instruments"][0]["prediction"]["horizons"]:
         label = f"{h['horizon_ms']} ms" if h["horizon_ms"] < 1000 else f"{h['horizon_ms'] // 1000} s"
         page.get_by_role("group", name="horizon").get_by_role("button", name=label, exact=True).click()
         said = {n: i for n, i in zip(page.locator(".votes dt").all_inner_texts(), page.locator(".votes dd").all())}
         for member, vote in h["votes"].items():
             if vote is None:
-                assert said[member].inner_text() == "abstains"
+                assert said[member].inner_text() == ("not in these models" if member in absent else "abstains")
             else:
                 spoken = said[member].locator("[role=img]").get_attribute("aria-label")
                 assert spoken == ", ".join(f"{w} {100 * v:.0f} %" for w, v in zip(("down", "flat", "up"), vote))
@@ -164,6 +165,10 @@ def test_instruments_are_chosen_by_keyboard(page: Page, served: Served) -> None:
     page.keyboard.press("ArrowDown")
     expect(page.get_by_role("option", selected=True)).to_contain_text(told[1]["symbol"])
     expect(page.locator("[data-test=mid]")).to_have_text(f"{told[1]['mid']:,.3f}")
+    for key, at in (("End", -1), ("Home", 0)):
+        page.keyboard.press(key)
+        expect(page.get_by_role("option", selected=True)).to_contain_text(told[at]["symbol"])
+    expect(page.get_by_role("option", selected=True)).to_be_focused()
 
 
 @pytest.mark.parametrize(("width", "height"), [(390, 844), (1_100, 900), (1_600, 1_000)])

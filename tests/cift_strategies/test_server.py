@@ -23,6 +23,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from catalog.events import read_catalog
 from cift_strategies.server import requests as r
+from cift_strategies.server.__main__ import listen
 from cift_strategies.server.guard import ADDRESSES, Guard, Rates
 from cift_strategies.server.schemas import Frame
 
@@ -155,6 +156,25 @@ def test_a_taken_port_is_told_in_one_line(served: Served, tmp_path: Path) -> Non
     assert re.fullmatch(r"error: cannot listen at 127.0.0.1:\d+ \(.+\): choose another --port or --host\n", done.stderr)
 
 
+def test_no_answer_is_held_back_for_the_one_before_it() -> None:
+    async def accepted() -> int:
+        loop = asyncio.get_running_loop()
+        met: asyncio.Future[int] = loop.create_future()
+
+        class Greeter(asyncio.Protocol):
+            def connection_made(self, transport: Any) -> None:
+                met.set_result(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+                transport.close()
+
+        listener = listen("127.0.0.1", 0)
+        async with await loop.create_server(Greeter, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            writer.close()
+            return await met
+
+    assert asyncio.run(accepted()) == 1
+
+
 def test_another_host_name_is_not_answered(served: Served) -> None:
     """A page elsewhere that has its name resolve to this machine gets nothing."""
     answer = served.http.get("/api/v1/positions", headers={"Host": "evil.example"})
@@ -181,11 +201,13 @@ def test_nobody_without_the_token_can_use_up_what_a_kill_needs() -> None:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(guard), base_url="http://node") as http:
             right = {"Authorization": "Bearer right"}
             assert {(await http.post("/api/v1/kill", headers={"Authorization": "Bearer wrong"})).status_code for _ in range(200)} == {401}
+            assert {(await http.post("/health")).status_code for _ in range(200)} == {401}  # what is open is open for reading
+            while (await http.get("/api/v1/positions")).status_code != 429:
+                pass
             assert [(await http.post("/api/v1/kill", headers=right)).status_code for _ in range(50)] == [200] * 50
             late = await http.post("/api/v1/kill", headers=right)
             assert late.status_code == 429 and late.headers["retry-after"] == "1"
             assert late.headers["content-type"] == "application/problem+json"
-            assert (await http.get("/api/v1/positions")).status_code == 200
 
     asyncio.run(ask())
 
@@ -217,8 +239,9 @@ def test_at_another_address_everything_needs_the_token(messages: list[dict[str, 
 
         async def sockets() -> None:
             at = s.url.replace("http", "ws") + "/api/v1/frames"
-            with pytest.raises(InvalidStatus, match="403"):
+            with pytest.raises(InvalidStatus, match="401") as refused:
                 await connect(at)
+            assert refused.value.response.headers["content-type"] == "application/problem+json"
             async with connect(at, subprotocols=["cift", f"cift.bearer.{s.token}"]) as ws:  # type: ignore[list-item]
                 assert ws.subprotocol == "cift" and json.loads(await ws.recv())["kind"] == "snapshot"
 
@@ -229,8 +252,10 @@ def test_pages_of_other_hosts_may_not_open_the_stream(served: Served) -> None:
     at = served.url.replace("http", "ws") + "/api/v1/predict/stream"
 
     async def sockets() -> None:
-        with pytest.raises(InvalidStatus, match="403"):
-            await connect(at, origin="http://evil.example")  # type: ignore[arg-type]
+        for other in ("http://evil.example", "null", "http://[", served.url.replace("http", "https") + "0"):
+            with pytest.raises(InvalidStatus, match="403") as refused:
+                await connect(at, origin=other)  # type: ignore[arg-type]
+            assert "--origin" in json.loads(refused.value.response.body)["detail"]
         async with connect(at, origin=served.url) as ws:  # type: ignore[arg-type]
             assert json.loads(await ws.recv())["type"] == "snapshot"
 

@@ -10,10 +10,13 @@ import sys
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import Small
-from nodes import GUARD_S
+from nodes import GUARD_S, serving
+from playwright.sync_api import Browser
+from test_dashboard import browser  # noqa: F401 - a fixture
 
 from catalog.errors import InputError
 from cift_strategies.server.schemas import Frame
@@ -36,6 +39,26 @@ def test_what_is_shown_is_what_the_files_hold(small: Small) -> None:
     assert said is not None and said.ts == last["ts"].value
     assert said.horizons[1].proba == pytest.approx([last[f"p_{w}_1s"] for w in ("down", "flat", "up")], abs=1e-4)
     assert list(said.horizons[0].votes) == list(summary["regret"]["members"])
+    along = summary["diagnostics"]["weights"]
+    assert [p.ts for p in told.logs.weights] == along["ts"] and len(along["ts"]) > 3 and along["members"] == list(said.horizons[0].votes)
+    assert told.logs.weights[-1].values == pytest.approx(np.mean(along["weights"][-1], axis=0), abs=1e-5)
+
+
+def test_the_page_shows_all_of_it(small: Small, browser: Browser, tmp_path: Path) -> None:  # noqa: F811
+    whole = json.loads(json.dumps(frame(small.out)))
+    with serving(tmp_path, [whole]) as s:
+        page, wrong = browser.new_page(), list[str]()
+        page.on("console", lambda message: wrong.append(message.text))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto(s.url)
+        page.get_by_text("finished", exact=True).wait_for()
+        for name in ("Mid price", "Profit and loss", "Share of each member"):
+            page.get_by_role("img", name=name).locator("canvas").wait_for()
+        assert page.locator(".empty").all_inner_texts() == []
+        assert len(page.locator(".log li").all()) == min(100, len(whole["logs"]["trades"]))
+        assert {b.inner_text() for b in page.locator(".head button").all()} == {"\N{CIRCLE WITH LEFT HALF BLACK}"}  # nothing to command
+        page.close()
+        assert not wrong
 
 
 def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:

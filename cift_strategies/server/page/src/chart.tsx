@@ -3,7 +3,7 @@
 import { createEffect, onCleanup, onMount, type JSX } from "solid-js";
 import uPlot from "uplot";
 import "uplot/dist/uPlot.min.css";
-import { beat } from "./store";
+import { number } from "./format";
 
 export interface Line {
   label: string;
@@ -12,44 +12,79 @@ export interface Line {
 
 interface Props {
   label: string; // what a screen reader says of the picture
+  unit: string; // of the values, written above their axis
   lines: Line[];
   data: () => uPlot.AlignedData;
   draw?: (u: uPlot) => void;
   step?: boolean;
-  digits?: number;
-  padding?: number; // px below the lines, for ribbons
-  watch?: () => unknown; // beside the frames, what the data depend on
+  range?: [number, number]; // of the values, where it is known beforehand
+  due: () => unknown; // changes when there is something new to draw
   reach?: () => number[]; // values that have to be within sight, beside the data
 }
 
-const css = (name: string): string => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const DAY_MS = 86_400_000;
+const FONT = "11px system-ui, sans-serif";
+const GLYPH = 6.4; // px of a digit in FONT
+
+export const css = (name: string): string => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+/** Times of one day as such, of several with their date. */
+const times = (at: number[]): string[] => {
+  const [from, to] = at.at(-1)! - at[0]! > DAY_MS ? [5, 16] : [11, 19];
+  return at.map((x) => new Date(x).toISOString().slice(from, to).replace("T", " "));
+};
+
+/** Values with as many digits as tell them apart. */
+const values = (at: number[]): string[] => {
+  const whole = (digits: number): boolean => at.every((x) => Math.abs(x * 10 ** digits - Math.round(x * 10 ** digits)) < 1e-6);
+  const digits = [0, 1, 2, 3, 4, 5, 6, 7].find(whole) ?? 8;
+  return at.map((x) => number(x, digits).replace("-", "−"));
+};
+
+/** Say above the axes what they measure. */
+function name(u: uPlot, unit: string): void {
+  const { ctx } = u;
+  const ratio = devicePixelRatio;
+  ctx.save();
+  ctx.font = FONT.replace("11px", `${11 * ratio}px`);
+  ctx.fillStyle = css("--soft");
+  ctx.textBaseline = "bottom";
+  ctx.textAlign = "left";
+  ctx.fillText(unit, 4 * ratio, u.bbox.top - 9 * ratio);
+  ctx.textAlign = "right";
+  ctx.fillText("UTC", u.bbox.left + u.bbox.width, u.bbox.top - 9 * ratio);
+  ctx.restore();
+}
 
 export function Chart(props: Props): JSX.Element {
   let box!: HTMLDivElement;
   let plot: uPlot | undefined;
   const make = (): void => {
     plot?.destroy();
-    const axis = { stroke: css("--soft"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line"), width: 1 }, font: "11px system-ui" };
+    const line = { stroke: css("--line"), width: 1 };
+    const axis = { stroke: css("--soft"), grid: line, ticks: { ...line, size: 4 }, gap: 4, font: FONT };
+    const wide = (said: string[] | null): number => 14 + GLYPH * Math.max(4, ...(said ?? []).map((x) => x.length));
+    const bounds: uPlot.Range.Function = (_, low, high) => {
+      if (props.range) return props.range;
+      const seen = [low, high, ...(props.reach?.() ?? [])].filter(Number.isFinite);
+      const [a, b] = seen.length ? [Math.min(...seen), Math.max(...seen)] : [0, 1];
+      const room = (b - a || Math.abs(a) || 1) * 0.08;
+      return [a - room, b + room];
+    };
     plot = new uPlot(
       {
         width: Math.max(box.clientWidth, 50),
         height: Math.max(box.clientHeight, 50),
         ms: 1,
         tzDate: (ts) => uPlot.tzDate(new Date(ts), "UTC"),
-        padding: [8, 8, props.padding ?? 0, 0],
+        padding: [24, 8, 0, 0],
         legend: { show: false },
         cursor: { drag: { x: true, y: false }, points: { size: 5 } },
-        scales: {
-          y: {
-            range: (_, low, high) => {
-              const seen = [low, high, ...(props.reach?.() ?? [])].filter(Number.isFinite);
-              const [a, b] = seen.length ? [Math.min(...seen), Math.max(...seen)] : [0, 1];
-              const room = (b - a || Math.abs(a) || 1) * 0.08;
-              return [a - room, b + room];
-            },
-          },
-        },
-        axes: [{ ...axis, space: 70, values: (_, v) => v.map((x) => new Date(x).toISOString().slice(11, 19)) }, { ...axis, size: 64, values: (_, v) => v.map((x) => x.toFixed(props.digits ?? 2)) }],
+        scales: { y: { range: bounds } },
+        axes: [
+          { ...axis, space: 76, size: 24, values: (_, v) => times(v) },
+          { ...axis, space: 26, size: (_, said) => wide(said), values: (_, v) => values(v) },
+        ],
         series: [
           {},
           ...props.lines.map((line) => ({
@@ -60,7 +95,7 @@ export function Chart(props: Props): JSX.Element {
             ...(props.step ? { paths: uPlot.paths.stepped!({ align: 1 }) } : {}),
           })),
         ],
-        hooks: { draw: [(u) => props.draw?.(u)] },
+        hooks: { draw: [(u) => (props.draw?.(u), name(u, props.unit))] },
       },
       props.data(),
       box,
@@ -76,8 +111,7 @@ export function Chart(props: Props): JSX.Element {
     system.addEventListener("change", make);
     let due = 0;
     createEffect(() => {
-      beat();
-      props.watch?.();
+      props.due();
       if (document.hidden) return;
       cancelAnimationFrame(due);
       due = requestAnimationFrame(() => plot?.setData(props.data()));

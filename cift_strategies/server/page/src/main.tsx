@@ -2,8 +2,12 @@
 
 import { Show, createEffect, createSignal, onMount, type JSX } from "solid-js";
 import { render } from "solid-js/web";
+import { Orders, Positions, Profit } from "./account";
 import { clock, ms } from "./format";
-import { Book, Health, Instruments, Latency, Log, Orders, Positions, Price, Profit, Votes, Weights } from "./panels";
+import { Health, Latency } from "./health";
+import { Book, Instruments, Price } from "./market";
+import { Log, Votes, Weights } from "./models";
+import { over } from "./parts";
 import { age, asking, command, connect, link, old, setTrouble, state, trouble } from "./store";
 import "./style.css";
 
@@ -35,8 +39,8 @@ function Head(): JSX.Element {
     setTrouble(await command(path, body));
     setBusy(false);
   };
+  createEffect(() => void (document.title = `${state.node.state} · CIFT`));
   const paused = (): boolean => ["paused", "killed"].includes(state.node.state);
-  const over = (): boolean => state.node.state === "finished";
   return (
     <header class="head">
       <h1>CIFT</h1>
@@ -47,10 +51,12 @@ function Head(): JSX.Element {
         <Show when={state.node.reason}> {state.node.reason}</Show>
       </p>
       <p class="soft">
-        {state.node.mode}
-        <Show when={state.node.venue}> on {state.node.venue}</Show>
-        <Show when={state.node.speed !== 1}>, {state.node.speed === 0 ? "unthrottled" : `${state.node.speed} times real pace`}</Show>
-        {" · "}
+        <Show when={!over()} fallback={`from ${clock(state.node.started)} to `}>
+          {state.node.mode}
+          <Show when={state.node.venue}> on {state.node.venue}</Show>
+          <Show when={state.node.speed !== 1}>, {state.node.speed === 0 ? "unthrottled" : `${state.node.speed} times real pace`}</Show>
+          {" · "}
+        </Show>
         <time>{clock(state.ts)} UTC</time>
       </p>
       <div class="commands">
@@ -152,10 +158,12 @@ function App(): JSX.Element {
     <>
       <Head />
       <Notices />
-      <main classList={{ old: old() }}>
+      <main classList={{ old: old(), over: over() }}>
         <Instruments />
         <Price />
-        <Book />
+        <Show when={!over()}>
+          <Book />
+        </Show>
         <Votes />
         <Weights />
         <Profit />

@@ -33,6 +33,7 @@ export const [trades, setTrades] = createSignal<Trade[]>([]);
 export const [link, setLink] = createSignal<Link>("connecting");
 export const [age, setAge] = createSignal(0); // ms since the newest frame
 export const [beat, setBeat] = createSignal(0); // rises with each frame: charts, whose data lie outside of the store, follow it
+export const [slow, setSlow] = createSignal(0); // rises with each frame that has a point of the slow things: PnL and weights
 export const [trouble, setTrouble] = createSignal("");
 
 /** What charts draw: long and only ever appended to, hence not reactive by itself. */
@@ -104,6 +105,7 @@ export function take(frame: Frame): boolean {
   setState("feeds", reconcile(frame.feeds, { key: "name" }));
   setState("models", reconcile(frame.models));
   setBeat((n) => n + 1);
+  if (whole || logs.weights?.length || Object.keys(logs.pnl ?? {}).length) setSlow((n) => n + 1);
   return true;
 }
 
