@@ -296,9 +296,18 @@ class Fold(NamedTuple):
     tested: tuple[int, ...]
 
 
-def groups(start: int, end: int, n: int) -> I64:
-    """Edges (n + 1,) of `n` groups of equal time over [start, end] ns; group g is edges[g] <= t < edges[g + 1]."""
-    return np.array([start + (end + 1 - start) * g // n for g in range(n + 1)], np.int64)
+def groups(hours: I64, n: int) -> I64:
+    """Edges (n + 1,) of `n` groups of equal trading time; group g is edges[g] <= t < edges[g + 1]. `hours` (m, 2): when the market traded,
+    [first, last] ns, ascending; the time between counts nothing."""
+    ends = np.r_[0, np.cumsum(hours[:, 1] + 1 - hours[:, 0])]
+    at = np.array([int(ends[-1]) * g // n for g in range(n + 1)], np.int64)
+    i = np.minimum(np.searchsorted(ends, at, "right") - 1, len(hours) - 1)
+    return np.asarray(hours[i, 0] + at - ends[i], np.int64)
+
+
+def within(hours: I64, first: int, last: int) -> I64:
+    """What of `hours` (m, 2) lies in [first, last] ns."""
+    return np.clip(hours[(hours[:, 1] >= first) & (hours[:, 0] <= last) & (first <= last)], first, last)
 
 
 def purged(ts: I64, known_at: I64, edges: I64, tested: Sequence[int], embargo_ns: int = 0) -> I64:

@@ -255,9 +255,12 @@ def resolve(config: RunConfig) -> sources.Source:
     return sources.demo(config.seed)
 
 
-def run(config: RunConfig, leave: Callable[[BaseException], object] | None = None) -> RunResult:
+def run(
+    config: RunConfig, leave: Callable[[BaseException], object] | None = None, trials: int = 1, ratios: Sequence[float] = ()
+) -> RunResult:
     """The whole run. `leave` is called with the first failure inside the engine, which cannot be left by raising: it may end the
-    process after :func:`clean_up`; without it the failure is raised once the stream has ended.
+    process after :func:`clean_up`; without it the failure is raised once the stream has ended. `trials`: from how many the run was chosen,
+    with the `ratios` of their Sharpe per step of the report (`Finished.sharpe`): its Sharpe ratio is deflated by them.
 
     Raises InputError for what the user can mend.
     """
@@ -282,7 +285,8 @@ def run(config: RunConfig, leave: Callable[[BaseException], object] | None = Non
     with unfinished(out) as part:
         _Open.part = part
         try:
-            return _run(config, found, p, altdata, out, part, began, leave)
+            chosen = {"trials": trials, "trial_ratios": [float(r) for r in ratios]} if trials > 1 else {}
+            return _run(config, found, p, altdata, out, part, began, leave, chosen)
         finally:
             clean_up(keep=part)
 
@@ -306,7 +310,7 @@ def clean_up(keep: Path | None = None) -> None:
 
 def _run(
     config: RunConfig, found: sources.Source, p: Plan, altdata: Table | None, out: Path, part: Path, began: float,
-    leave: Callable[[BaseException], object] | None,
+    leave: Callable[[BaseException], object] | None, more: Mapping[str, Any],
 ) -> RunResult:  # fmt: skip
     from cift_models.inference import DEFAULT_LATENCY
     from cift_strategies.aside import Aside, Second
@@ -369,6 +373,7 @@ def _run(
         "split": p.split,
         "start": p.start,
         "end": p.last,
+        **more,
     }
     return write_run(
         part, found.name, p.instruments, scored, traded, told, config.model_dump(mode="json"), began, other.traded, result

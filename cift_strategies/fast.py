@@ -182,6 +182,7 @@ class Recorded:
         told = json.loads((folder / "manifest.json").read_text())
         arrays = {name: _mapped(folder / f"{name}.bin", a) for name, a in told["arrays"].items()}
         self.messages: NDArray[Any] = arrays.pop("messages")
+        self.ts, self.closes, self.instrument = (memoryview(self.messages[name]) for name in ("ts", "closes", "instrument"))
         self.predictions = Predictions(**arrays)
         n = len(told["instruments"])
         self.heard: list[I64] = [_loaded(folder / f"heard-{k}.npy") for k in range(n)]  # messages of each instrument
@@ -210,11 +211,16 @@ class _Last:
 
     def __init__(self, recorded: Recorded) -> None:
         self._recorded, self.at, self.coming = recorded, -1, -1
+        self._found: list[tuple[int, Glance | None]] = [(-1, None)] * len(recorded.heard)  # `at` when it was looked up last, and the answer
 
     def __getitem__(self, k: int) -> Glance | None:
-        heard = self._recorded.heard[k]
-        i = int(np.searchsorted(heard, self.at, "right"))
-        return self._recorded.glance(int(heard[i - 1])) if i else None
+        at, found = self._found[k]
+        if at != self.at:
+            heard = self._recorded.heard[k]
+            i = int(heard.searchsorted(self.at, "right"))
+            found = self._recorded.glance(int(heard[i - 1])) if i else None
+            self._found[k] = self.at, found
+        return found
 
     def __setitem__(self, k: int, heard: Glance) -> None:
         """The strategy has got the message that was published."""
@@ -293,18 +299,16 @@ class _Playback(DataActor):
         subscribe(self, self._instruments)
 
     def on_book_deltas(self, message: Any) -> None:
-        n = self._n = self._n + 1
-        if n != self._stop:
-            if not any(self._trades):
-                self.last.at = n
-                return
-            heard = self._recorded.glance(n)
-            if not heard.closes and (self._trades[heard.instrument] is None or heard.ts < self._strategy.next_mark):
-                self.last.at = n
-                return
-        else:
+        n, r = self._n + 1, self._recorded
+        self._n = n
+        if n == self._stop:
             self._stop = next(self._stops, -1)
-            heard = self._recorded.glance(n)
+        elif not any(self._trades) or (
+            not r.closes[n] and (self._trades[r.instrument[n]] is None or r.ts[n] < self._strategy.next_mark)
+        ):  # fmt: skip
+            self.last.at = n
+            return
+        heard = r.glance(n)
         if heard.ts != message.ts_init:
             raise AssertionError(f"the stream is not the one that was recorded: message {n} is of {message.ts_init}, not {heard.ts}")
         self.last.coming = n

@@ -32,13 +32,13 @@ from cift_strategies.performance import (
     Reliability,
     Sharpe,
     block_mean,
+    changes,
     costs,
     deflated_sharpe,
     markouts,
     reliability,
-    step_of,
 )
-from cift_strategies.results import ORDERS, columns_of, plain, write_json
+from cift_strategies.results import ORDERS, columns_of, plain
 
 if TYPE_CHECKING:
     from cift_strategies.outcome import RunResult
@@ -228,21 +228,15 @@ class Finished:
     @cached_property
     def steps(self) -> tuple[str, F]:
         """Name of the clock's step and the equity's change per step."""
-        ts, pnl = self.equity("ensemble")
-        start, end = self.traded_span
-        name, step = step_of(start, end)
-        grid = np.arange(start, end + 1, step)
-        i = np.searchsorted(ts, grid, side="right") - 1
-        return name, np.diff(np.where(i >= 0, pnl[np.maximum(i, 0)], 0.0))
+        return changes(*self.equity("ensemble"), *self.traded_span)
 
     @cached_property
     def sharpe(self) -> tuple[str, Sharpe]:
         """Name of the clock's step and the deflated Sharpe ratio of the equity's change per step. What a sweep knows of the trials
-        stands in the summary, see :func:`tell_trials`."""
-        name, changes = self.steps
+        stands in the summary (see `backtest.run`)."""
+        name, moves = self.steps
         s = self.summary
-        trials, ratios, variance = int(s.get("trials") or 1), s.get("trial_ratios") or (), s.get("trial_variance")
-        return name, deflated_sharpe(changes, trials, ratios, None if variance is None else float(variance))
+        return name, deflated_sharpe(moves, int(s.get("trials") or 1), s.get("trial_ratios") or ())
 
     @cached_property
     def regime_seconds(self) -> F:
@@ -378,15 +372,6 @@ class Finished:
                 if len(at):
                     seen.setdefault("entries", []).append((f.ts[at], markouts(path, f.ts[at], f.side[at], DELAYS_NS, tick)))
         return _intervals(seen), _intervals(left)
-
-
-def tell_trials(folder: Path, trials: int, ratios: Sequence[float] = (), variance: float | None = None) -> None:
-    """Note in the run's summary how many trials it was chosen from, with their Sharpe ratios per step (`Finished.sharpe[1].ratio` of each)
-    or the variance of these; the page deflates by them once it is made again (:func:`report.render`)."""
-    place = folder / "summary.json"
-    summary = json.loads(place.read_text(encoding="utf-8"))
-    more = {"trials": int(trials), "trial_ratios": [float(r) for r in ratios], "trial_variance": variance}
-    write_json(place, {**summary, **more})
 
 
 def _intervals(found: Mapping[str, Iterable[tuple[I64, F]]]) -> dict[str, Interval]:

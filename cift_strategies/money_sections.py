@@ -69,6 +69,14 @@ HEADS: Final = {  # anchor -> link, title, what the reader looks at
 }
 
 
+STAGES: Final = {  # of live_session's `stages` -> in words
+    "receipt": "receipt: from the event's stamp to its features",
+    "queue": "queue: events wait for the models' process",
+    "predict": "predict: the models compute",
+    "return": "return: back to the strategy",
+}
+
+
 def money_rows(cur: str) -> list[tuple[str, str, Callable[[Any], str]]]:
     """What is told of a strategy's money: name, key of its summary, how it is written."""
     return [
@@ -189,7 +197,30 @@ def execution(page: Page, done: Finished) -> None:
     slip = table(["fills", "number", "mean slippage", "paid"], paid, [len(paid) - 1])
     tables = side_by_side(table(["latency charged", ""], times), slip)
     page.keep("slippage", [{"role": r, "fills": n, "mean_ticks": mean, "money": sum_} for r, n, mean, sum_ in done.slippage])
-    page.section("execution", HEADS["execution"], side_by_side(left, right), tables, _orders(page, done))
+    page.section("execution", HEADS["execution"], side_by_side(left, right), tables, _orders(page, done), _stages(page, done))
+
+
+def _stages(page: Page, done: Finished) -> str:
+    """Where the time of a live session went, by the wall, and how long the models' queue was."""
+    live = done.summary.get("live") or {}
+    measured = [s for s in live.get("stages") or () if s["count"]]
+    head = "<h3>Where the time went, measured</h3>"
+    if not measured:
+        why = "No stage was measured: no prediction came." if live else (
+            "A backtest draws its latencies from those stored with the models; stages are measured in live sessions (run_live.py)."
+        )  # fmt: skip
+        return head + page.figure(None, "", why)
+    named = ("p50_ms", "p99_ms", "p999_ms", "max_ms")
+    page.keep("stages", [{k: s[k] for k in ("stage", "count", *named)} for s in measured])
+    rows = [(STAGES.get(s["stage"], s["stage"]), count(s["count"]), *(small(s[k]) for k in named)) for s in measured]
+    queue, deep = live.get("queue") or {}, ("p50", "p99", "p999", "max")
+    page.keep("queue", [{"of": "events waiting", **queue}, *({"of": k, "count": live.get(k)} for k in ("skipped", "lost"))])
+    if queue.get("count"):
+        rows.append(("events waiting when the models took the next ones (number)", count(queue["count"]), *(count(queue[k]) for k in deep)))
+    told = f"{count(live.get('skipped'))} predictions were skipped because a newer one of the same instrument was there already; "
+    told += f"{count(live.get('lost'))} events found no room in the queue."
+    heads = ["stage, ms", "number", "median", "99 %", "99.9 %", "most"]
+    return f'{head}{table(heads, rows)}<p class="note">{escape(told)}</p>'
 
 
 def _orders(page: Page, done: Finished) -> str:

@@ -270,6 +270,12 @@ def step_of(start: int, end: int, at_most: int = 1000) -> tuple[str, int]:
     return "day", STEPS_NS["day"]
 
 
+def changes(ts: I64, value: F, start: int, end: int) -> tuple[str, F]:
+    """Name of the step of :func:`step_of`, and the moves in each step of [start, end] of a curve that is zero before its first `ts`."""
+    name, step = step_of(start, end)
+    return name, np.diff(np.r_[0.0, value][np.searchsorted(ts, np.arange(start, end + 1, step), side="right")])
+
+
 def thin(ts: I64, value: F, points: int = 2000) -> tuple[I64, F]:
     """At most `points` of a path, the lowest and the highest of each stretch of equal time, so that extremes stay visible."""
     ok = np.isfinite(value)

@@ -194,7 +194,7 @@ def toml(values: Mapping[str, Any], path: str = "") -> str:
     """Settings as TOML; what is None is left out. Strings, numbers and lists are written in JSON's way, which is TOML's too."""
     plain, tables = [], []
     for name, v in values.items():
-        key = json.dumps(name)
+        key = name if name.replace("_", "").replace("-", "").isalnum() and name.isascii() else json.dumps(name)
         if isinstance(v, Mapping):
             inner = f"{path}.{key}" if path else key
             tables.append(f"\n[{inner}]\n{toml(v, inner)}")

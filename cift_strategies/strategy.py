@@ -598,7 +598,7 @@ _CLOSING: Final = frozenset({"OrderFilled", "OrderCanceled", "OrderRejected", "O
 
 def expected_ticks(p: Prediction, h: int) -> float:
     """Expected mid move over horizon `h`, ticks: E|move| x (P(up) - P(down)) / (P(up) + P(down)); the sign is the side."""
-    down, _, up = (float(v) for v in p.proba[h])
+    down, _, up = p.proba[h].tolist()
     return float(p.magnitude[h]) * (up - down) / (up + down) if up + down > 0 else 0.0
 
 

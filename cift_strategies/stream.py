@@ -18,6 +18,7 @@ from catalog.events import Instrument
 from catalog.parquet import DELTAS, QUOTES, Part, contents
 
 NEVER: Final = 2**63 - 1
+PAUSE_NS: Final = 600 * 10**9  # without any event: the market is shut
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,26 @@ class Span:
                 stamps = _stamps(g.path, g.index)
                 found = min(found, int(stamps[np.searchsorted(stamps, ts, "right")]))
         return max(found, self.first)
+
+    def hours(self) -> NDArray[np.int64]:
+        """When the market traded (m, 2): [first, last] ns of each stretch in which no two events are further apart than PAUSE_NS."""
+        found: list[tuple[int, int]] = []
+        for g in self.groups:
+            first, last = self._first(g), self._last(g)
+            if last - first <= PAUSE_NS:
+                found.append((first, last))
+                continue
+            ts = _stamps(g.path, g.index)
+            ts = ts[(ts >= first) & (ts <= last)]
+            cut = np.flatnonzero(np.diff(ts) > PAUSE_NS)
+            found += zip(ts[np.r_[0, cut + 1]].tolist(), ts[np.r_[cut, len(ts) - 1]].tolist())
+        joined: list[tuple[int, int]] = []
+        for first, last in sorted(found):
+            if joined and first - joined[-1][1] <= PAUSE_NS:
+                joined[-1] = joined[-1][0], max(joined[-1][1], last)
+            else:
+                joined.append((first, last))
+        return np.array(joined, np.int64).reshape(-1, 2)
 
     def ends(self) -> dict[int, int]:
         """Instrument index -> stamp of its last event."""

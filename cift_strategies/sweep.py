@@ -23,12 +23,15 @@ from numpy.typing import NDArray
 
 from catalog.errors import InputError
 from catalog.whole import replacing, sha256, sha256_of
-from cift_models.validate import groups
+from cift_models.validate import groups, within
 from cift_models.work import code_key, data_key
 from cift_strategies.backtest import Plan, RunConfig, alternative, delay, give_back, need_cuda, plan, resolve, stream
 from cift_strategies.outcome import Traded
+from cift_strategies.overfitting import sharpe
+from cift_strategies.performance import changes
 from cift_strategies.results import write_json
 from cift_strategies.source import Source
+from cift_strategies.stream import Span
 from cift_strategies.sweep_board import Board
 from cift_strategies.sweep_file import Asked, Point, proposals, read
 from cift_strategies.workers import Processes, Ray, Workers
@@ -36,6 +39,9 @@ from cift_strategies.workers import Processes, Ray, Workers
 TRADING: Final = {"strategy", "latency_ms", "order_latency_ms", "settings", "limits", "rule", "out", "pay"}  # keys that no model depends on
 NOTE: Final = "sweep.json"
 RUN: Final = "run.json"
+FINE: Final = 100_000  # parts of the traded time, by which a holdout is cut
+
+type I64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +74,7 @@ class Trial:
 
 def prepare(job: Job) -> None:
     """Train what is to be trained and record its predictions, unless it is there."""
-    artifact = _artifact(job)
+    artifact = artifact_of(job)
     if artifact is not None and not artifact.is_dir():
         from cift_models.train import train
 
@@ -98,9 +104,12 @@ def execute(job: Job) -> None:
         stamps = {name: np.asarray(positions[name].cast("int64"), np.int64) for name in ("opened", "closed")}
         earned = np.asarray(positions["net"], np.float64) / job.config.limits.capital
         np.savez(part / "positions.npz", allow_pickle=False, earned=earned, **stamps)
+        hours = Span(p.root, p.instruments, p.split + 1, p.last).hours()
+        _, steps = changes(traded.equity_ts, traded.equity, int(hours[0, 0]), p.last)
         told = {
             "key": job.key, "config": job.config.model_dump(mode="json", by_alias=True), "digest": traded.digest, "summary": traded.summary,
-            "start": p.split + 1, "end": p.last, "seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - cpu,
+            "hours": hours.tolist(), "ratio": float(sharpe(steps[:, None])[0]), "seconds": time.monotonic() - began,
+            "cpu_seconds": time.process_time() - cpu,
         }  # fmt: skip
         write_json(part / RUN, told)
 
@@ -125,7 +134,7 @@ def _engine(job: Job, p: Plan) -> Any:
     from cift_models.inference import Engine
 
     c = job.config
-    artifact = c.artifacts or _artifact(job)
+    artifact = c.artifacts or artifact_of(job)
     assert artifact is not None
     engine = Engine.load(artifact, p.instruments, c.members, device=c.device)
     if (altdata := alternative(c, job.found)) is not None:
@@ -137,7 +146,7 @@ def _recorded(job: Job) -> Path:
     return job.folder / "shared" / f"{job.shared}-predictions"
 
 
-def _artifact(job: Job) -> Path | None:
+def artifact_of(job: Job) -> Path | None:
     """Where the models are that the sweep trains itself."""
     return None if job.config.artifacts is not None else job.folder / "shared" / f"{job.shared}-artifact"
 
@@ -336,7 +345,7 @@ def _compute(batch: Sequence[Trial], workers: Workers, asked: Asked, board: Boar
 
 
 def _is_made(job: Job) -> bool:
-    artifact = _artifact(job)
+    artifact = artifact_of(job)
     return (artifact is None or artifact.is_dir()) and (not job.fast or _recorded(job).is_dir())
 
 
@@ -353,7 +362,7 @@ def _load(t: Trial, asked: Asked, before: bool = False) -> bool:
     t.result, t.before = json.loads((place / RUN).read_text()), before
     from cift_strategies.sweep_result import figures
 
-    told = figures(t, asked.sweep.periods)
+    told = figures(t, asked.sweep)
     if asked.sweep.objective not in told:
         names = ", ".join(k for k, v in told.items() if v is None or isinstance(v, int | float))
         raise InputError(f'{asked.path}: objective "{asked.sweep.objective}" is no figure of a run: choose among {names}')
@@ -361,16 +370,25 @@ def _load(t: Trial, asked: Asked, before: bool = False) -> bool:
     return True
 
 
-def returns(t: Trial, periods: int) -> NDArray[np.float64]:
-    """What was earned, net, as a share of capital, by the positions opened in each of `periods` equal spans of the traded time."""
-    opened, _, earned = positions(t)
+def hours_of(t: Trial, holdout: float = 0.0) -> tuple[I64, I64]:
+    """When the market of `t` traded, (m, 2) ns as :meth:`Span.hours`: in the time that runs are chosen on, and in the share `holdout` after
+    it, in which the choice is judged."""
     assert t.result is not None
-    start, end = int(t.result["start"]), int(t.result["end"])
-    place = np.searchsorted(groups(start, end, periods)[1:-1], opened, "right")
-    return np.bincount(place, earned, periods).astype(np.float64)
+    hours = np.array(t.result["hours"], np.int64)
+    cut = int(groups(hours, FINE)[round((1 - holdout) * FINE)])
+    return within(hours, int(hours[0, 0]), cut - 1), within(hours, cut, int(hours[-1, 1]))
 
 
-def positions(t: Trial) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+def returns(t: Trial, hours: I64, periods: int) -> NDArray[np.float64]:
+    """What was earned, net, as a share of capital, by the positions opened in each of `periods` equal parts of `hours` (m, 2) and closed
+    within them."""
+    opened, closed, earned = positions(t)
+    inside = (opened >= hours[0, 0]) & (closed <= hours[-1, 1])
+    place = np.searchsorted(groups(hours, periods)[1:-1], opened[inside], "right")
+    return np.bincount(place, earned[inside], periods).astype(np.float64)
+
+
+def positions(t: Trial) -> tuple[I64, I64, NDArray[np.float64]]:
     """When each position was opened and closed, ns, and what it earned, net, as a share of capital."""
     with np.load(t.job.folder / "runs" / t.job.key / "positions.npz", allow_pickle=False) as z:
         return z["opened"], z["closed"], z["earned"]

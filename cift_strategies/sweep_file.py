@@ -63,7 +63,9 @@ class SweepConfig(_Strict):
     periods: Annotated[int, Field(ge=4)] = 320  # of equal time, whose returns are compared
     blocks: Annotated[int, Field(ge=2, le=20, multiple_of=2)] = 16  # of periods, for the probability of backtest overfitting
     workers: Annotated[int | None, Field(ge=1)] = None  # processes on this machine; all cores if not told
+    holdout: Annotated[float, Field(ge=0, le=0.9)] = 0.0  # last share of the traded time, on which the chosen run is judged once
     validation: Validation | None = None
+    reports: bool = True  # of the best and the median run, each run once more with all that a report tells
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,11 +162,12 @@ def read(path: Path, given: Mapping[str, Any]) -> Asked:
             raise InputError(f"{path}: the grid has {total:,} runs, more than {MOST:,}: shorten a list, or choose method = \"random\"")
         if found.trials is not None:
             raise InputError(f"{path}: trials: a grid runs all of its {total:,} points: leave it out, or choose method = \"random\"")
-    if found.validation is not None:
-        if found.objective not in SPLITTABLE:
-            raise InputError(f"{path}: validation needs the objective {' or '.join(SPLITTABLE)}, not {found.objective}")
-        if found.validation.method == "cpcv" and found.validation.test_groups >= found.validation.groups:
-            raise InputError(f"{path}: validation.test_groups must be fewer than its {found.validation.groups} groups")
+    for judged in ("validation", "holdout"):
+        if getattr(found, judged) and found.objective not in SPLITTABLE:
+            raise InputError(f"{path}: {judged} needs the objective {' or '.join(SPLITTABLE)}, not {found.objective}")
+    v = found.validation
+    if v is not None and v.method == "cpcv" and v.test_groups >= v.groups:
+        raise InputError(f"{path}: validation.test_groups must be fewer than its {v.groups} groups")
     if found.periods < 2 * found.blocks:
         raise InputError(f"{path}: periods = {found.periods} are too few for {found.blocks} blocks: give {2 * found.blocks} or more")
     return asked

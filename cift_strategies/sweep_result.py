@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,21 +17,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cift_models.validate import Fold, cpcv, expanding, groups, paths
-from cift_strategies.overfitting import Overfitting, pbo, sharpe
+from cift_models.validate import Fold, cpcv, expanding, groups, paths, within
+from cift_strategies.overfitting import pbo, sharpe
 from cift_strategies.performance import deflated_sharpe
 from cift_strategies.results import write_json
-from cift_strategies.sweep import NOTE, Trial, positions, returns
+from cift_strategies.sections import toml
+from cift_strategies.sweep import I64, NOTE, Trial, artifact_of, hours_of, positions, returns
 from cift_strategies.sweep_board import short
-from cift_strategies.sweep_file import Asked, Validation
+from cift_strategies.sweep_file import Asked, SweepConfig, Validation
 
 type F64 = NDArray[np.float64]
 
 
-def figures(t: Trial, periods: int) -> dict[str, Any]:
-    """The numbers of a run: `sharpe` of a period, `return` (net, share of capital), and those of its summary."""
+def figures(t: Trial, s: SweepConfig) -> dict[str, Any]:
+    """The numbers of a run: `sharpe` of a period and `return` (net, share of capital) over the time that runs are chosen on, and those of
+    its summary, over all of it."""
     assert t.result is not None
-    r = returns(t, periods)
+    r = returns(t, hours_of(t, s.holdout)[0], s.periods)
     told = {k: v for k, v in t.result["summary"].items() if isinstance(v, int | float) or v is None}
     return {"sharpe": float(sharpe(r[:, None])[0]), "return": float(r.sum()), **told}
 
@@ -41,19 +44,19 @@ def conclude(asked: Asked, trials: Sequence[Trial], out: Path) -> dict[str, Any]
     unique = list({t.job.key: t for t in reversed(trials) if t.result is not None}.values())[::-1]
     scored = sorted((t for t in unique if t.score is not None), key=lambda t: (-sign * (t.score or 0.0), t.number))
     best, median = (scored[0], scored[len(scored) // 2]) if scored else (unique[0], unique[0])
-    start = max(int(t.result["start"]) for t in unique if t.result)
-    end = min(int(t.result["end"]) for t in unique if t.result)
-    together = start < end
-    matrix = np.stack([_between(t, start, end, s.periods) for t in unique], axis=1) if together else np.zeros((0, len(unique)))
+    times = [hours_of(t, s.holdout)[0] for t in unique]
+    hours = within(max(times, key=lambda h: int(h[0, 0])), int(max(h[0, 0] for h in times)), int(min(h[-1, 1] for h in times)))
+    together = len(hours) > 0
+    matrix = np.stack([returns(t, hours, s.periods) for t in unique], axis=1) if together else np.zeros((0, len(unique)))
     over = pbo(matrix, s.blocks)
     ratios = sharpe(matrix) if together else np.zeros(len(unique))
     ever = len({json.dumps(json.loads(f.read_text())["config"], sort_keys=True) for f in (out / "runs").glob("*/run.json")})
     dsr = deflated_sharpe(matrix[:, unique.index(best)], ever, ratios.tolist())
-    judged = None if s.validation is None or not together else _judged(s.validation, s.objective, sign, unique, start, end, s.periods)
+    judged = None if s.validation is None or not together else _judged(s.validation, s.objective, sign, unique, hours, s.periods)
     result: dict[str, Any] = {
         "file": str(asked.path), "method": s.method, "objective": s.objective, "direction": s.direction, "seed": s.seed,
         "parameters": [a.key for a in asked.axes], "runs": len(trials), "distinct": len(unique), "trials": ever,
-        "failed": sum(bool(t.error) for t in trials), "best": best.number, "median": median.number, "start": start, "end": end,
+        "failed": sum(bool(t.error) for t in trials), "best": best.number, "median": median.number, "hours": hours.tolist(),
         "periods": s.periods,
         "pbo": None if over is None else {
             "probability": over.pbo, "loss": over.loss, "splits": len(over.logit), "blocks": s.blocks,
@@ -64,7 +67,8 @@ def conclude(asked: Asked, trials: Sequence[Trial], out: Path) -> dict[str, Any]
             "variance": float(np.var(ratios)),
         },
         "validation": judged,
-        "table": [_row(t, s.periods) for t in trials],
+        "holdout": _held_out(best, s) if s.holdout else None,
+        "table": [_row(t, s) for t in trials],
     }  # fmt: skip
     result["told"] = _told(result, best, median, s.objective)
     _parquet(result["table"], out / "sweep.parquet")
@@ -74,37 +78,63 @@ def conclude(asked: Asked, trials: Sequence[Trial], out: Path) -> dict[str, Any]
 
     _text(out / "sweep.html", render(result, best, median, matrix, [t.number for t in unique], over))
     write_json(out / NOTE, result)
+    if s.reports:
+        _report(best, out / "best", ever, [float(t.result["ratio"]) for t in unique if t.result])
+        if median is not best:
+            _report(median, out / "median", 1, ())
     return result
 
 
-def _between(t: Trial, start: int, end: int, periods: int) -> F64:
-    opened, _, earned = positions(t)
-    inside = (opened >= start) & (opened <= end)
-    place = np.searchsorted(groups(start, end, periods)[1:-1], opened[inside], "right")
-    return np.bincount(place, earned[inside], periods).astype(np.float64)
+def _report(t: Trial, place: Path, trials: int, ratios: Sequence[float]) -> None:
+    """The run of `t` once more, into the folder `place`: with its forecasts, the plain rule beside it and the report, whose Sharpe ratio is
+    deflated by what it was chosen from. What is there already stays."""
+    from cift_strategies.backtest import run
+
+    assert t.result is not None
+    digest, note = t.result["digest"], place / "summary.json"
+    if note.is_file():
+        told = json.loads(note.read_text(encoding="utf-8"))
+        if (told["digest"], told.get("trials", 1), told.get("trial_ratios", [])) == (digest, trials, list(ratios)):
+            return
+    print(f"report of run {t.number}: {place / 'report.html'}", file=sys.stderr, flush=True)
+    config = t.job.config.model_copy(update={"out": place, "artifacts": t.job.config.artifacts or artifact_of(t.job)})
+    if (made := run(config, trials=trials, ratios=ratios).digest) != digest:
+        raise AssertionError(f"run {t.number} made again gives other orders: digest {made}, not {digest}")
 
 
-def _row(t: Trial, periods: int) -> dict[str, Any]:
+def _held_out(best: Trial, s: SweepConfig) -> dict[str, Any]:
+    """What the chosen run, which is one trial now, was worth in the time that nothing was chosen on; periods as long as the others."""
+    hours = hours_of(best, s.holdout)[1]
+    r = returns(best, hours, max(3, round(s.periods * s.holdout / (1 - s.holdout))))
+    alone = deflated_sharpe(r)
+    opened, _, _ = positions(best)
+    return {
+        "share": s.holdout, "hours": hours.tolist(), "positions": int((opened >= hours[0, 0]).sum()),
+        "sharpe": float(sharpe(r[:, None])[0]), "return": float(r.sum()), "probability": alone.probabilistic if alone.defined else None,
+    }  # fmt: skip
+
+
+def _row(t: Trial, s: SweepConfig) -> dict[str, Any]:
     told: dict[str, Any] = {"run": t.number, "key": t.job.key, "parameters": t.point, "score": t.score, "error": t.error or None}
     if t.result is not None:
-        told |= {"digest": t.result["digest"], "seconds": t.result["seconds"], "figures": figures(t, periods)}
+        told |= {"digest": t.result["digest"], "seconds": t.result["seconds"], "figures": figures(t, s)}
     return told
 
 
 # --- validation -----------------------------------------------------------------------------------------------------------------------
 
 
-def _judged(v: Validation, objective: str, sign: float, trials: Sequence[Trial], start: int, end: int, periods: int) -> dict[str, Any]:
+def _judged(v: Validation, objective: str, sign: float, trials: Sequence[Trial], hours: I64, periods: int) -> dict[str, Any]:
     """In each fold the trial that is best by the positions it is chosen on, and what it was worth in the groups that are judged.
 
     A position's life is from its opening to its close, at which its outcome is known.
     """
     slots, embargo = max(1, periods // v.groups), round(v.embargo_s * 1e9)
-    fine = groups(start, end, v.groups * slots)
+    fine = groups(hours, v.groups * slots)
     edges = fine[::slots]
     held = []
     for opened, closed, earned in map(positions, trials):
-        inside = (opened >= start) & (opened <= end)
+        inside = (opened >= hours[0, 0]) & (closed <= hours[-1, 1])
         held.append((opened[inside], closed[inside], earned[inside]))
     cells = [np.searchsorted(fine[1:-1], opened, "right") for opened, _, _ in held]
     if v.method == "cpcv":
@@ -176,6 +206,13 @@ def _told(r: Mapping[str, Any], best: Trial, median: Trial, objective: str) -> l
             f"{v['method']}: chosen on the other groups, {objective} {short(v['mean'])} ({what}), worst {short(v['worst'])}; "
             f"{v['runs_chosen']} different runs were chosen in {len(v['folds'])} folds."
         )
+    if (h := r["holdout"]) is not None:
+        p = h["probability"]
+        sure = "nothing to test: the returns do not vary" if p is None else f"above zero with probability {p:.3f}"
+        lines.append(
+            f"Holdout, the last {h['share']:.0%} of the time, which nothing was chosen on: run {best.number} has a Sharpe ratio of "
+            f"{short(h['sharpe'])} a period there ({sure}), return {short(h['return'])}, {h['positions']} positions."
+        )
     return lines
 
 
@@ -208,27 +245,3 @@ def _text(path: Path, text: str) -> None:
 def _config(t: Trial) -> dict[str, Any]:
     assert t.result is not None
     return {k: v for k, v in t.result["config"].items() if k != "out"}
-
-
-def toml(values: Mapping[str, Any], name: str = "") -> str:
-    """`values` as TOML; what is None is left out."""
-    plain = {k: v for k, v in values.items() if v is not None and not isinstance(v, Mapping)}
-    lines = [f"{_key(k)} = {_value(v)}" for k, v in plain.items()]
-    text = (f"\n[{name}]\n" if name and lines else "") + "".join(f"{line}\n" for line in lines)
-    for k, v in values.items():
-        if isinstance(v, Mapping):
-            text += toml(v, f"{name}.{_key(k)}" if name else _key(k))
-    return text
-
-
-def _key(k: str) -> str:
-    return k if k.replace("_", "").replace("-", "").isalnum() else json.dumps(k)
-
-
-def _value(v: Any) -> str:
-    if isinstance(v, list | tuple):
-        return "[" + ", ".join(map(_value, v)) + "]"
-    return json.dumps(v, ensure_ascii=False) if isinstance(v, str | bool) else repr(v)
-
-
-__all__ = ["Overfitting", "conclude", "figures", "toml"]

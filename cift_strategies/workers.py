@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import traceback
 from collections import deque
@@ -19,6 +20,7 @@ from typing import Any, Final, Protocol
 from catalog.errors import InputError
 
 ATTEMPTS: Final = 3  # of a job that ends its process
+ANSWER_S: Final = 5.0  # within which a cluster's port has to answer
 ONE_THREAD: Final = {
     name: "1" for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 }
@@ -147,6 +149,7 @@ class Ray:
         except ImportError:
             raise InputError("--ray needs Ray: install it with `python -m uv sync --extra ray`") from None
         self._ray = ray
+        _answers(address)
         root = str(Path(__file__).resolve().parents[1])
         paths = list(dict.fromkeys([root, os.getcwd(), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
         told = {**ONE_THREAD, "PYTHONPATH": os.pathsep.join(paths), "RAY_USAGE_STATS_ENABLED": "0"}
@@ -154,8 +157,7 @@ class Ray:
             try:
                 ray.init(address=address, runtime_env={"env_vars": told}, log_to_driver=False, logging_level=logging.ERROR)
             except (ConnectionError, RuntimeError, ValueError, TimeoutError) as e:
-                why = (str(e).splitlines() or [type(e).__name__])[0]
-                raise InputError(f"--ray {address}: no Ray cluster answers ({why}): start one with `ray start --head`") from None
+                raise _absent(address, (str(e).splitlines() or [type(e).__name__])[0].partition(". ")[0].rstrip(".")) from None
 
     def run(self, work: Callable[[Any], object], jobs: Iterable[Any]) -> Iterator[Done]:
         ray = self._ray
@@ -172,3 +174,18 @@ class Ray:
 
     def close(self) -> None:
         self._ray.shutdown()
+
+
+def _answers(address: str) -> None:
+    """Raises InputError where nobody listens at HOST:PORT: Ray itself would wait for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdecimal():
+        return  # "auto", or what Ray refuses at once
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
+    except (OSError, OverflowError) as e:
+        raise _absent(address, str(e)) from None
+
+
+def _absent(address: str, why: str) -> InputError:
+    return InputError(f"--ray {address}: no Ray cluster answers ({why}): give HOST:PORT of one, or start it with `ray start --head`")

@@ -1,10 +1,11 @@
-"""Fast mode beside the engine without a strategy, and the memory of a worker over its runs, on the Binance recording.
+"""Fast mode beside the engine without a strategy, all cores beside one, and the memory of a worker, on the Binance recording.
 
 CPU seconds, in turns; models of the default members are trained on the first part of the recording.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,13 @@ from cift_models.train import train
 from cift_strategies import fast
 from cift_strategies.backtest import Plan, RunConfig, give_back, plan, resolve
 from cift_strategies.faults import Faults
+from cift_strategies.settings import Settings
+from cift_strategies.sweep import Job, _Keys, execute, prepare
 from cift_strategies.system import run_backtest
+from cift_strategies.workers import Processes
 
 ROUNDS = 5
+EACH = 10  # runs that several processes share
 RUNS = 200
 
 
@@ -71,6 +76,46 @@ def test_a_run_of_a_sweep_costs_little_more_than_the_engine(benchmark: Any, data
     benchmark.extra_info["ratio"] = round(best["engine"] / best["fast"], 3)
     print(benchmark.extra_info)
     assert benchmark.extra_info["ratio"] >= 0.5
+
+
+def several(folder: Path, data: Path, artifact: Path, shared: Path) -> list[Job]:
+    """Runs that change only how they trade, as a sweep into `folder` has them; predictions are in `shared`."""
+    (folder / "runs").mkdir(parents=True)
+    (folder / "shared").symlink_to(shared)
+    keys, catalog = _Keys(folder, True), data / "catalogs/binance-2024-08-08"
+    edges = [0.1 + 0.01 * k for k in range(EACH)]
+    return [keys.job(RunConfig(catalog=catalog, artifacts=artifact, settings=Settings(min_edge_ticks=e))) for e in edges]
+
+
+def seconds(n: int, jobs: list[Job]) -> float:
+    """Wall time of `n` processes for all of `jobs` but the first `n`, with which they begin."""
+    workers = Processes(n)
+    try:
+        assert [d[1:] for d in workers.run(execute, jobs[:n])] == [(None, None)] * n
+        began = time.perf_counter()
+        assert all(d[1:] == (None, None) for d in workers.run(execute, jobs[n:]))
+        return (time.perf_counter() - began) / (len(jobs) - n)
+    finally:
+        workers.close()
+
+
+def test_all_cores_do_as_many_times_the_work_of_one(benchmark: Any, data: Path, artifact: Path, tmp_path: Path) -> None:
+    """On an idle machine: wall time, in turns."""
+    cores, shared = len(os.sched_getaffinity(0)), tmp_path / "shared"
+    shared.mkdir()
+    prepare(several(tmp_path / "first", data, artifact, shared)[0])
+    took: dict[int, list[float]] = {1: [], cores: []}
+
+    def turn() -> None:
+        for n, found in took.items():
+            found.append(seconds(n, several(tmp_path / f"{n}-{len(found)}", data, artifact, shared)))
+
+    benchmark.pedantic(turn, rounds=2, iterations=1)
+    best = {n: min(v) for n, v in took.items()}
+    benchmark.extra_info |= {f"s a run, {n} processes": round(v, 3) for n, v in best.items()}
+    benchmark.extra_info["efficiency"] = round(best[1] / (cores * best[cores]), 3)
+    print(benchmark.extra_info)
+    assert cores == 1 or benchmark.extra_info["efficiency"] >= 0.9
 
 
 def resident_mb() -> float:

@@ -20,7 +20,7 @@ from cift_models.windows import HORIZONS_NS
 from cift_strategies.backtest import RunConfig, estimate, plan, resolve, run, unfinished
 from cift_strategies.outcome import HORIZON_LABELS
 from cift_strategies.settings import Settings
-from cift_strategies.stream import Span
+from cift_strategies.stream import PAUSE_NS, Span
 
 KEYS = {
     "source", "instruments", "events", "events_streamed", "events_per_second", "wall_seconds", "feature_vectors", "predictions", "orders",
@@ -258,6 +258,8 @@ def test_spans_of_a_catalog_count_and_split_exactly(small: Small) -> None:
     part = Span(small.catalog, instruments, int(ts[1_000]), int(ts[-1_000]))
     assert part.count() == ((ts >= ts[1_000]) & (ts <= ts[-1_000])).sum()
     assert (part.first, part.last) == (ts[1_000], ts[-1_000])
+    (night,) = np.flatnonzero(np.diff(ts) > PAUSE_NS)
+    assert part.hours().tolist() == [[ts[1_000], ts[night]], [ts[night + 1], ts[-1_000]]]
 
 
 def test_a_book_starts_fresh_only_where_all_do(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from cift_strategies import attribution, forecasts, report, sections
-from cift_strategies.finished import HORIZONS, Finished, tell_trials
+from cift_strategies.finished import HORIZONS, Finished
+from cift_strategies.timings import Histogram, Timing
 
 TICK = 0.01
 
@@ -209,16 +210,30 @@ def test_the_tables_of_the_page_lie_beside_it_as_json_and_as_parquet(small: Any,
         assert cell["value"] == value if number else cell["text"] == (value if isinstance(value, str) else cell["text"])
 
 
-def test_trials_that_a_sweep_tells_deflate_the_page(small: Any, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(small.out, copy, ignore=shutil.ignore_patterns("artifact"))
-    before = Finished.read(copy).sharpe[1]
-    tell_trials(copy, 50, [0.01 * k for k in range(-5, 6)])
-    after = Finished.read(copy).sharpe[1]
-    assert (before.trials, after.trials) == (1, 50)
-    assert after.deflated < before.deflated and after.probabilistic == before.probabilistic
-    report.render(copy)
-    assert json.loads((copy / "statistics.json").read_text())["sharpe"][0]["trials"] == 50
+def told_again(small: Any, folder: Path, more: dict[str, Any]) -> Any:
+    """A copy of the run with `more` in its summary, its page made again, and the statistics of that."""
+    shutil.copytree(small.out, folder, ignore=shutil.ignore_patterns("artifact"))
+    (folder / "summary.json").write_text(json.dumps(json.loads((folder / "summary.json").read_text()) | more))
+    report.render(folder)
+    return json.loads((folder / "statistics.json").read_text())
+
+
+def test_trials_deflate_the_page_and_what_a_live_session_measured_is_on_it(small: Any, done: Finished, tmp_path: Path) -> None:
+    assert "stages are measured in live sessions" in (small.out / "report.html").read_text()
+    timing = Timing()
+    for ns in (1_000_000, 2_000_000, 250_000_000):
+        timing.add(ns)
+    depth = Histogram()
+    depth.add(40)
+    live = {"skipped": 12, "lost": 3, "queue": depth.told(), "stages": [timing.told("predict"), Timing().told("return")]}
+    chosen = {"trials": 50, "trial_ratios": [0.01 * k for k in range(-5, 6)]}
+    told, before = told_again(small, tmp_path / "copy", {**chosen, "live": live}), done.sharpe[1]
+    assert (before.trials, told["sharpe"][0]["trials"]) == (1, 50)
+    assert told["sharpe"][0]["deflated"] < before.deflated and told["sharpe"][0]["probabilistic"] == before.probabilistic
+    assert [(s["stage"], s["count"], s["max_ms"]) for s in told["stages"]] == [("predict", 3, 250.0)]
+    assert [q["count"] for q in told["queue"]] == [1, 12, 3]
+    page = (tmp_path / "copy" / "report.html").read_text()
+    assert "12 predictions were skipped" in page and "stages are measured in live sessions" not in page
 
 
 def test_a_run_again_at_its_own_latency_is_the_same_run(small: Any, tmp_path: Path) -> None:

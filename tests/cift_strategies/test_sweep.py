@@ -16,9 +16,11 @@ import pytest
 from conftest import EAGER, Small
 
 from catalog.errors import InputError
+from cift_strategies.backtest import RunConfig
 from cift_strategies.overfitting import sharpe
-from cift_strategies.sweep import sweep
+from cift_strategies.sweep import Job, Trial, sweep
 from cift_strategies.sweep_file import Asked, proposals, read
+from cift_strategies.sweep_result import conclude, figures
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = 'parameters.seed = [1, 2]\n[base]\ncatalog = "c"\n'
@@ -58,6 +60,8 @@ def asked(tmp_path: Path, text: str) -> Asked:
         ("parameters.seed = [1]\n[base]\nsead = 1\n", "base.sead"),
         ('base = "nowhere.toml"\nparameters.seed = [1]\n', "nowhere.toml"),
         ('objective = "hit_rate"\nvalidation.method = "cpcv"\n' + HEAD, "objective"),
+        ('objective = "hit_rate"\nholdout = 0.2\n' + HEAD, "holdout needs"),
+        ("holdout = 1.0\n" + HEAD, "holdout"),
         ('validation = {method = "cpcv", groups = 3, test_groups = 3}\n' + HEAD, "test_groups"),
         ("periods = 8\n" + HEAD, "periods"),
         ('parameters.models.hmm.startz = [1]\n', "startz"),
@@ -113,6 +117,46 @@ def test_a_search_finds_what_is_best_and_repeats(tmp_path: Path, direction: str)
     found = searched()
     assert found == searched() and len(found) == 60
     assert min(s for _, s in found) < 0.1 and np.median([s for _, s in found[-16:]]) < np.median([s for _, s in found[:16]])
+
+
+# --- what it comes to -------------------------------------------------------------------------------------------------------------------
+
+
+def finished(a: Asked, number: int, hours: np.ndarray, opened: np.ndarray, held: np.ndarray, earned: np.ndarray) -> Trial:
+    """A run as it lies in the folder of `a`'s file, that earned so much with positions opened then and held so long."""
+    job = Job(str(number), RunConfig(), None, a.path.parent, "", True)  # type: ignore[arg-type]
+    place = a.path.parent / "runs" / job.key
+    place.mkdir(parents=True)
+    np.savez(place / "positions.npz", allow_pickle=False, opened=opened, closed=opened + held, earned=earned)
+    told = {"config": {"seed": number}, "digest": job.key, "seconds": 1.0, "summary": {"fills": 1}, "hours": hours.tolist(), "ratio": 0.1}
+    (place / "run.json").write_text(json.dumps(told))
+    t = Trial(number, {"seed": number}, job, told)
+    t.score = figures(t, a.sweep)["return"]
+    return t
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_what_is_held_out_is_not_chosen_on_and_judged_once(tmp_path: Path, share: float) -> None:
+    """Two days with a night between; run 1 earns until three quarters of the hours are over, run 2 afterwards, and more."""
+    a = asked(tmp_path, f'holdout = {share}\nreports = false\nobjective = "return"\n' + HEAD)
+    day, night = 1_000_000, 50_000_000
+    hours = np.array([[0, day - 1], [night, night + day - 1]])
+    cut, rng = night + day // 2, np.random.default_rng(5)
+    opened = np.sort(np.concatenate([first + rng.choice(day - 2_000, 400, replace=False) for first in (0, night)]))
+    held = rng.integers(1, 20_000, len(opened)).clip(0, hours[1, 1] - opened)
+    early = opened < cut
+    luck = rng.normal(1, 0.5, len(opened))
+    trials = [finished(a, n, hours, opened, held, luck * how) for n, how in ((1, np.where(early, 1, -1)), (2, np.where(early, -1, 9)))]
+    found = conclude(a, trials, tmp_path)
+    inside = opened + held < cut if share else np.ones(len(opened), bool)
+    assert found["best"] == (1 if share else 2)
+    assert found["table"][0]["figures"]["return"] == pytest.approx(float((luck * np.where(early, 1, -1))[inside].sum()))
+    assert any("Holdout" in line for line in found["told"]) == bool(share) == bool(found["holdout"])
+    if share:
+        h, meets = found["holdout"], early & ~inside
+        assert h["hours"] == [[cut, night + day - 1]] and h["positions"] == (~early).sum() and meets.any()
+        assert h["return"] == pytest.approx(-float(luck[~early].sum())) and h["probability"] < 0.001 and h["sharpe"] < 0
+        assert found["hours"] == [[0, day - 1], [night, cut - 1]] and 0 <= found["pbo"]["probability"] <= 1
 
 
 # --- the runs ---------------------------------------------------------------------------------------------------------------------------
