@@ -222,13 +222,17 @@ class Engine:
         return [(m.name, m) for _, m in self._present]
 
     def predict(self, block: Block) -> Predictions:
-        """Decisions at the closes of `block`, which must follow on the block before; what the stream carries moves on."""
+        """Decisions at the closes of `block`, which must follow on the block before; what the stream carries moves on.
+
+        Where some of the block's batches are passed over (`Block.batches`), members say of the others what they would have said, and the
+        weights learn from the others alone.
+        """
         closes, events = np.asarray(block.closes, np.int64), block.events
         own = events["instrument"][closes].astype(np.int64)
         if not self._same:
             events = events.copy()
             events["instrument"] = self._map[events["instrument"]]
-        block = Block(events, block.rows, closes)
+        block = Block(events, block.rows, closes, block.batches)
         m, instrument = len(closes), events["instrument"][closes].astype(np.int64)
         votes, sizes = np.full((m, len(self.members), H, 3), np.nan), np.full((m, len(self.members), H), np.nan)
         regime = np.full(m, -1, np.int64)

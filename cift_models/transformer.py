@@ -136,7 +136,7 @@ class Transformer:
         values: Any = np.empty((len(e), len(self.columns)), np.float32)
         scale_rows(block.rows, inst, self._index, self.centre, self.scale, values)
         votes, imbalance = Votes(np.empty((m, H, 3)), np.empty((m, H))), np.empty((m, H))
-        for a, b, piece in pieces(Block(e, values, closes)):
+        for a, b, piece in pieces(Block(e, values, closes, block.batches)):
             v = state.history.push(piece)
             k = inst[closes[a:b]]
             raw = self.raw(v, k, state)

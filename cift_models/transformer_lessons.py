@@ -33,7 +33,11 @@ def pieces(block: Block) -> Iterator[tuple[int, int, Block]]:
     for a in range(0, max(m, 1), PIECE):
         b = min(a + PIECE, m)
         end = len(block.events) if b == m else int(block.closes[b - 1]) + 1
-        yield a, b, Block(block.events[begin:end], block.rows[begin:end], block.closes[a:b] - begin)
+        piece = Block(block.events[begin:end], block.rows[begin:end], block.closes[a:b] - begin)
+        if block.batches is not None:
+            inside = slice(*np.searchsorted(block.batches, (begin, end)))
+            piece = piece._replace(batches=block.batches[inside] - begin)
+        yield a, b, piece
         begin = end
 
 

@@ -71,7 +71,7 @@ def cut(block: Block, ts: int) -> tuple[Block, Block]:
     """What of a block comes before `ts` (ns), and the rest."""
     i = int(np.searchsorted(block.events["ts_init"], ts))
     c = int(np.searchsorted(block.closes, i))
-    events, rows, closes = block
+    events, rows, closes = block[:3]
     return Block(events[:i], rows[:i], closes[:c]), Block(events[i:], rows[i:], closes[c:] - i)
 
 

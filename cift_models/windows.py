@@ -25,7 +25,8 @@ class Block(NamedTuple):
 
     events: NDArray[np.void]  # EVENT (n,), several instruments, canonical order
     rows: NDArray[np.float64]  # (n, F), the columns of features.NAMES
-    closes: NDArray[np.int64]  # (m,) ascending indices of the events that close a batch
+    closes: NDArray[np.int64]  # (m,) ascending indices of the events at which a vote is asked for: each closes a batch
+    batches: NDArray[np.int64] | None = None  # (b,) of all events that close a batch, where votes are asked for at some of them alone
 
 
 class Votes(NamedTuple):
@@ -145,8 +146,11 @@ class History:
     def push(self, block: Block, wanted: NDArray[np.bool_] | None = None) -> Views:
         """Advance over the block; the windows at its closes, or at those of them that are `wanted` (m,), in order.
 
-        Raises IndexError for an instrument or a column that is not there.
+        Steps of the tick windows are all the batches of the block. Raises IndexError for an instrument or a column that is not there.
         """
+        if (batches := block.batches) is not None:
+            asked = block.closes if wanted is None else block.closes[wanted]
+            block, wanted = Block(block.events, block.rows, batches), np.isin(batches, asked)
         n = max(self.columns, default=-1)
         if n >= block.rows.shape[1]:
             raise IndexError(f"column {n} is wanted, the rows have {block.rows.shape[1]}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from cift_strategies.recording import mix_digest, votes_digest
 
 if TYPE_CHECKING:
     from cift_models.inference import Predictions
+    from cift_models.windows import Block
 
 type Array = NDArray[Any]
 
@@ -50,14 +51,33 @@ def numbered(instrument: Array, ts: Array) -> Array:
 
 
 class Recorded:
-    """The recorded predictions: their latencies for the replay, their digests for the comparison."""
+    """The recorded predictions: which there are and their latencies for the replay, their digests for the comparison.
 
-    def __init__(self, table: pa.Table) -> None:
+    `numbered`: whether they have the numbers of the stream's events; if not, all batches are taken for predicted.
+    """
+
+    def __init__(self, table: pa.Table, numbered: bool = True) -> None:
         self.instrument, self.ts, self._latency, self._votes, self._mix = (
             table[c].to_numpy() for c in ("instrument", "ts", "latency_ns", "votes_digest", "mix_digest")
         )
+        at = table["at"].to_pylist() if numbered else []
+        self._asked, self._last = set(at), at[-1] if at else -1
+        self.passed = 0  # batches of the session that were not predicted
         self._next = 0
         self._mine: list[tuple[Array, Array, Array, Array]] = []
+
+    def asked(self, event: int) -> bool:
+        """Whether the batch that closes at this event of the stream was predicted in the session or, after a cut, would have been."""
+        return event in self._asked or event > self._last
+
+    def asking(self, blocks: Iterable[Block]) -> Iterator[Block]:
+        """The stream's blocks, whose votes are asked for where the session did."""
+        first = 0
+        for b in blocks:
+            closes = b.closes[[self.asked(first + n) for n in b.closes.tolist()]]
+            self.passed += len(b.closes) - len(closes)
+            first += len(b.events)
+            yield b._replace(closes=closes, batches=b.closes)
 
     def draw(self, ts: Array, instrument: Array) -> NDArray[np.int64]:
         """As Delay.draw: how long each took in the session; 0 where that was not recorded."""

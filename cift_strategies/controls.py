@@ -88,7 +88,10 @@ class Switches:
             "reason": self.reason or ", ".join(self._strategy.halts.values()),
             "halts": dict(self._strategy.halts),
             **self._about,
-            "counts": {"skipped": s.skipped, "queue": s.ring.waiting, "lost": s.lost, "batches": s.batches, "kills": self.kills, **depths},
+            "counts": {
+                "skipped": s.skipped, "passed": s.passed, "queue": s.ring.waiting, "lost": s.lost, "batches": s.batches,
+                "kills": self.kills, **depths,
+            },
             "timings": {**s.timings, **w.timings},
             "feeds": [w.told()],
             "models": {"path": str(s.models.artifact), "reloads": s.reloads, "reload_error": self._reload_error or s.fault or ""},

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import gc
 import json
 import signal
 import subprocess
@@ -96,8 +97,9 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack) -> Path:
     if kept is not None:
         set_aside(kept)
     models = Models(
-        ready.artifact.resolve(), table, config.members, budget, ready.altdata, config.seed, config.device, results, learned, kept
-    )
+        ready.artifact.resolve(), table, config.members, budget, ready.altdata, config.seed, config.device, results, learned, kept,
+        config.skip_from,
+    )  # fmt: skip
     serving = Serving(models, time.time_ns if pace is None else pace.now)
     stack.callback(serving.close)
     serving.on_learned = journal.learned
@@ -106,6 +108,9 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack) -> Path:
         tuple(ready.instruments), config.settings, config.limits, REGIMES, 0, ends, {}, latency, faults, pace=pace, journal=journal
     )
     system = assemble(terms, serving, config.strategy, feed.restamp)
+    line: Any = getattr(feed.config, "link", None)
+    if hasattr(line, "taken"):
+        line.taken = lambda: system.features.vectors
     display = Display(system, serving)
     stack.callback(display.close)
     journal.say = display.say
@@ -138,10 +143,12 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack) -> Path:
     session = Session(config, system, serving, switches, watch, node, last, display)
     switches.run()
     display.say(f"{config.feed} of {', '.join(x.id for x in ready.instruments)} on {config.venue}; Ctrl-C ends it")
+    gc.collect()
+    gc.freeze()  # what is there stays: no collection on the loop has to look through it
     asyncio.run(session.run())
     serving.disconnect()
     if recorder is not None:
-        recorder.close(lost=serving.lost)
+        recorder.close(lost=serving.lost, passed=serving.passed)
     signal.signal(signal.SIGTERM, _interrupt)  # the loop has put the system's own in its place
     display.close()
     faults.reraise()
@@ -317,7 +324,8 @@ def finish(
         "events": events, "events_streamed": events, "feature_vectors": events, "events_per_second": events / (time.monotonic() - began),
         "callback_errors": system.strategy.faults.count, "notes": [],
         "live": {
-            "feed": config.feed, "venue": config.venue, "speed": config.speed, "skipped": serving.skipped, "lost": serving.lost,
+            "feed": config.feed, "venue": config.venue, "speed": config.speed, "skipped": serving.skipped, "passed": serving.passed,
+            "lost": serving.lost,
             "queue": serving.depth.told(),
             "stages": [t.told(s) for s, t in {**serving.timings, **switches.status()["timings"]}.items()],
         },

@@ -54,6 +54,7 @@ class LiveConfig(BaseModel):
     resting: Literal["resend", "cancel"] = "resend"  # what becomes of orders that the sandbox has forgotten after a restart
     order_latency_ms: Annotated[float, Field(ge=0)] = 1.0  # of the sandbox, in the stream's time
     budget_ms: Annotated[float | None, Field(gt=0)] = None  # of one member for a block; who takes longer abstains
+    skip_from: Annotated[int, Field(ge=0)] = 1_024  # events that wait for the models, from which on old batches are passed over
     late_ms: Annotated[float, Field(gt=0)] = 2_000.0  # by how much the feed may lag before entries stop
     ahead_ms: Annotated[float, Field(gt=0)] = 500.0  # by how much its clock may be ahead of ours
     model_ms: Annotated[float, Field(gt=0)] = 2_000.0  # how long a prediction may take before entries stop

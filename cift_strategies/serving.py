@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from cift_strategies.outcome import Scored
 
 CAPACITY: Final = 131_072  # events of the ring, 76 MB
+HELD: Final = 256  # events that wait for the end of their batch before they are put there, at most
 HEAD, TAIL, ASLEEP, LOST = range(4)  # words of the ring's header: events put, events taken, the process waits, events that found no room
 NONE: Final = np.zeros(0, np.int64)
 STAGES: Final = ("queue", "predict", "return")  # of a prediction: waiting for the process, computing, the way back
@@ -55,6 +56,7 @@ class Models:
     results: Path | None = None  # folder for predictions.parquet; None: nothing is written
     learned: Mapping[str, bytes] = field(default_factory=dict)  # version of the models -> their weights of an earlier session, packed
     session: Path | None = None  # folder of the session's recording, which gets every prediction; None: they are not kept
+    skip_from: int = 1_024  # where so many events wait, only the newest batch of each instrument is predicted
 
 
 @njit(cache=True)
@@ -95,11 +97,13 @@ class Ring:
             self.words[:] = 0
             _put(self.words, self.events, self.rows, self.came, self.closes, self.events, self.rows, 0, 0, 0, -1, NONE)  # compiles
 
-    def put(self, vector: FeatureVector, came: int) -> bool:
-        """Append the events of `vector`; False where they find no room, and then none of them is there."""
-        ends = vector.closes
+    def put(self, block: NDArray[Any], matrix: NDArray[np.float64], first: int, stop: int, ends: Sequence[int], came: int) -> bool:
+        """Append the events `first` to `stop` of `block` and their rows; `ends`: which of them close a batch, counted from `first`.
+
+        False where they find no room, and then none of them is there.
+        """
         return bool(_put(
-            self.words, self.events, self.rows, self.came, self.closes, vector.block, vector.matrix, vector.first, vector.stop, came,
+            self.words, self.events, self.rows, self.came, self.closes, block, matrix, first, stop, came,
             ends[0] if ends else -1, np.array(ends[1:]) if len(ends) > 1 else NONE,
         ))  # fmt: skip
 
@@ -130,7 +134,8 @@ class Answer:
     taken: int  # perf_counter when the block was taken, and when it was predicted, ns
     done: int
     batches: int
-    skipped: int  # batches whose prediction was superseded within its block
+    skipped: int  # batches whose prediction was superseded within its block, or not made because it would have been
+    passed: int  # those of them whose prediction was not made
     failures: Mapping[str, int] = field(default_factory=dict)  # of each member
     late: Mapping[str, int] = field(default_factory=dict)
     waiting: int = 0  # events that waited when the block was taken, the block's among them
@@ -155,8 +160,9 @@ class Told:
 class Serving:
     """A predictor that answers later, on the node's loop, once :meth:`connect` has said how.
 
-    `now` gives the stream's time. Attributes for whoever watches: `batches`, `skipped`, `lost` (events that found no room: the members
-    forget the stream and begin anew), `engine`, `timings` by stage, `fault` (why there is no model, None while there is), `reloads`.
+    `now` gives the stream's time. Attributes for whoever watches: `batches`, `skipped` and `passed` (see :class:`Answer`), `lost` (events
+    that found no room: the members forget the stream and begin anew), `engine`, `timings` by stage, `fault` (why there is no model, None
+    while there is), `reloads`.
     """
 
     def __init__(self, models: Models, now: Callable[[], int], capacity: int = CAPACITY) -> None:
@@ -183,7 +189,7 @@ class Serving:
         self.engine = Told()
         self.on_learned: Callable[[str, bytes], object] = lambda _version, _weights: None  # about once a second, on the loop
         self.on_reload: Callable[[str, int], object] = lambda _path, _at: None  # new models, and how many events the old ones had seen
-        self.batches = self.skipped = self.delivered = 0
+        self.batches = self.skipped = self.passed = self.delivered = 0
         self.reloads = 0
         self._reloading: deque[Future[dict[str, Any]]] = deque()
         self.timings = {s: Timing() for s in STAGES}
@@ -191,6 +197,9 @@ class Serving:
         self._scored: Scored | None = None
         self.newest = self.came = 0  # stamp of the newest event, and perf_counter when it came, ns
         self._since = 0  # perf_counter at which the oldest unanswered batch was put, 0: none
+        self._block: Any = None  # events `_first` to `_stop` of it are not in the ring yet: they go with the batch that they belong to
+        self._matrix: Any = None
+        self._first = self._stop = 0
         self._thread = threading.Thread(target=self._listen, args=(self._answers,), name="cift-predictions", daemon=True)
         self._thread.start()
 
@@ -211,13 +220,31 @@ class Serving:
         self.came = came
         if vector.ts > self.newest:
             self.newest = vector.ts
-        if self.ring.put(vector, came) and vector.closes and self.fault is None:
-            if not self._since:
-                self._since = came
-            if self.ring.words[ASLEEP]:
-                self.ring.words[ASLEEP] = 0
-                self._wake.send_bytes(b".")
+        if vector.block is not self._block or vector.first != self._stop:
+            self._hand_over((), came)
+            self._block, self._matrix, self._first = vector.block, vector.matrix, vector.first
+        before, self._stop = vector.first - self._first, vector.stop
+        if vector.closes:
+            ends = vector.closes if not before else tuple(before + i for i in vector.closes)
+            if self._hand_over(ends, came) and self.fault is None:
+                if not self._since:
+                    self._since = came
+                if self.ring.words[ASLEEP]:
+                    self.ring.words[ASLEEP] = 0
+                    self._wake.send_bytes(b".")
+        elif self.held >= HELD:
+            self._hand_over((), came)
         return ()
+
+    def _hand_over(self, ends: Sequence[int], came: int) -> bool:
+        """Put what is held into the ring; whether it found room."""
+        first, self._first = self._first, self._stop
+        return first == self._stop or self.ring.put(self._block, self._matrix, first, self._stop, ends, came)
+
+    @property
+    def held(self) -> int:
+        """Events that wait for the end of their batch."""
+        return self._stop - self._first
 
     @property
     def lost(self) -> int:
@@ -249,7 +276,7 @@ class Serving:
 
     def _receive(self, answer: Answer) -> None:
         now, back = self._now(), time.perf_counter_ns()
-        self.batches, self.skipped = answer.batches, answer.skipped
+        self.batches, self.skipped, self.passed = answer.batches, answer.skipped, answer.passed
         self.engine.failures, self.engine.late = answer.failures, answer.late
         self._since = 0 if not self.ring.waiting else back
         self.depth.add(answer.waiting)
@@ -308,6 +335,7 @@ class Serving:
 
     def finish(self, seconds: float) -> Scored | None:
         """Stop taking events; what the predictions were worth, or None where the process does not tell within `seconds`."""
+        self._hand_over((), time.perf_counter_ns())
         try:
             self._orders.send(("finish", None))
             self._nudge()

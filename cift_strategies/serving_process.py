@@ -27,6 +27,7 @@ from cift_strategies.serving import ASLEEP, LOST, TAIL, Answer, Models, Ring
 from cift_strategies.weights import packed, unpacked
 
 MOST: Final = 16_384  # events of a block
+NICE: Final = 5  # less than the node, which has exits to see to
 IDLE_S: Final = 0.05  # longest sleep
 WEIGHTS_EVERY_S: Final = 1.0
 
@@ -34,6 +35,7 @@ WEIGHTS_EVERY_S: Final = 1.0
 def serve(models: Models, memory: str, capacity: int, wake: Connection, orders: Connection, replies: Connection) -> None:
     """The process: load, warm up, serve until "finish" or until the node is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the node ends this process
+    os.nice(NICE)
     ring = Ring(capacity, memory)
     try:
         engine = load(models)
@@ -85,7 +87,7 @@ class _Server:
         if models.results is not None:
             self.outcomes = Outcomes(engine, models.artifact, models.instruments, models.results, models.seed)
         self.votes = Votes(models.session) if models.session is not None else None
-        self.batches = self.skipped = self.lost = 0
+        self.batches = self.skipped = self.passed = self.lost = 0
         self._told = time.monotonic()
         self._parent = os.getppid()
 
@@ -118,17 +120,21 @@ class _Server:
             self.lost = int(self.ring.words[LOST])
             self.engine.reset()
         taken = time.perf_counter_ns()
-        block = Block(events, rows, np.flatnonzero(closing).astype(np.int64))
+        batches = np.flatnonzero(closing).astype(np.int64)
+        block = Block(events, rows, batches)
+        if waiting >= self.models.skip_from:
+            block = Block(events, rows, newest_of(events["instrument"], batches), batches)
         p = self.engine.predict(block)
         done = time.perf_counter_ns()
+        self.passed += len(batches) - len(p.ts)
         if len(p.ts):
             newest = sorted({int(k): i for i, k in enumerate(p.instrument)}.values())
-            self.batches += len(p.ts)
-            self.skipped += len(p.ts) - len(newest)
+            self.batches += len(batches)
+            self.skipped += len(batches) - len(newest)
             at = came[block.closes]
             predictions = tuple(_prediction(p, i, self.engine.model_version) for i in newest)
-            counts = dict(self.engine.failures), dict(self.engine.late)
-            self.replies.send(Answer(predictions, tuple(at[newest].tolist()), taken, done, self.batches, self.skipped, *counts, waiting))
+            counts, totals = (dict(self.engine.failures), dict(self.engine.late)), (self.batches, self.skipped, self.passed)
+            self.replies.send(Answer(predictions, tuple(at[newest].tolist()), taken, done, *totals, *counts, waiting))
         if self.votes is not None:
             self.votes.push(first, block.closes, p, done - came[block.closes], self.engine.model_version)
         if self.outcomes is not None:
@@ -156,6 +162,12 @@ class _Server:
         except InputError as e:
             return {"path": str(path), "error": str(e)}
         return {"path": str(path), "version": self.engine.model_version, "members": kept, "at": int(self.ring.words[TAIL])}
+
+
+def newest_of(instrument: Any, batches: Any) -> Any:
+    """Of the events that close `batches` (m,), ascending, the last of each instrument, ascending; `instrument` (n,) of all events."""
+    back = batches[::-1]
+    return np.sort(back[np.unique(instrument[back], return_index=True)[1]])
 
 
 def _prediction(p: Predictions, i: int, version: str) -> Prediction:

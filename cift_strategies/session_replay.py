@@ -250,7 +250,7 @@ def _run(config: RunConfig, recording: Recording, out: Path) -> RunResult:
     if (weights := told["learned"].get(engine.model_version)) is not None:
         unpacked(base64.b64decode(weights), engine.learned)
     outcomes, features = Outcomes(engine, artifact, instruments, out, live.seed), Compared()
-    recorded = Recorded(recording.predictions())
+    recorded = Recorded(recording.predictions(), not told.get("lost"))
     pauses = [(at, what) for at, _, kind, what in notes if kind == "status"]
     blocks, state = Blocks(recording, features, [*swaps, *(at for at, _ in pauses)]), {"events": 0, "last": 0}
 
@@ -282,7 +282,9 @@ def _run(config: RunConfig, recording: Recording, out: Path) -> RunResult:
         """Keeps what was delivered in the session, for :class:`Turns`."""
 
         def predict(self, vector: FeatureVector) -> Iterable[Prediction]:
-            for p in super().predict(vector):
+            first = system.features.vectors - (vector.stop - vector.first)
+            asked = tuple(i for i in vector.closes if recorded.asked(first + i))
+            for p in super().predict(vector._replace(closes=asked)):
                 if (p.instrument, p.ts) in wanted:
                     found[p.instrument, p.ts] = p
             return ()
@@ -292,7 +294,7 @@ def _run(config: RunConfig, recording: Recording, out: Path) -> RunResult:
     latency = round(told["order_latency_ms"] * 1e6)
     again: list[tuple[int, int, str, Any]] = []
     terms = Terms(instruments, live.settings, live.limits, REGIMES, 0, ends, {}, latency, faults)
-    ahead = Ahead(iter(blocks), Swapping(), recorded, HORIZONS_NS, len(instruments), sink)  # type: ignore[arg-type]
+    ahead = Ahead(recorded.asking(blocks), Swapping(), recorded, HORIZONS_NS, len(instruments), sink)  # type: ignore[arg-type]
     system = assemble(terms, ahead, live.strategy)
     system.features.intake = Intake(recording)
     turns = Turns(notes, found, system)
@@ -319,7 +321,7 @@ def _run(config: RunConfig, recording: Recording, out: Path) -> RunResult:
     compared = {
         "features": features, "predictions": recorded.compare(instruments, state["last"]), "orders": compare_orders(sent, again)
     }  # fmt: skip
-    lines = [*dict.fromkeys(recording.said), *reasons(told, live, compared["orders"], turns.missing)]
+    lines = [*dict.fromkeys(recording.said), *reasons(told, live, compared["orders"], turns.missing, recorded.passed)]
     session = {"folder": str(recording.folder), **{k: c.told() for k, c in compared.items()}, "notes": lines}
     n = system.features.vectors
     summary = {
@@ -333,9 +335,13 @@ def _run(config: RunConfig, recording: Recording, out: Path) -> RunResult:
     return done
 
 
-def reasons(told: dict[str, Any], live: Any, orders: Compared, missing: int) -> list[str]:
+def reasons(told: dict[str, Any], live: Any, orders: Compared, missing: int, passed: int) -> list[str]:
     """What of the session cannot be the same again, in words."""
     out = []
+    if passed:
+        out.append(f"{passed:,} batches were not predicted, because newer ones of their instruments waited behind them: here neither")
+    if passed != told.get("passed", passed) and not told.get("lost"):
+        out.append(f"the session says that it passed over {told['passed']:,} batches: predictions are missing from its recording")
     if told["goes_on"]:
         out.append("the session went on from an earlier one: positions that it began with are not replayed")
     if told.get("lost"):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -52,7 +52,9 @@ from cift_strategies.feeds.wire import BrokenError, RefusedError, Wire, connect
 Array = NDArray[Any]
 SETTLE_S: Final = 0.05  # a node makes its subscriptions one by one
 STEP: Final = 512  # records handed on between two turns of the node's loop
-TURN: Final = 16  # records that the node takes in a turn, at least
+TURN: Final = 16  # records that the node takes in a turn, as a rule
+AHEAD: Final = 1_024  # events that may wait in the node before the line is read on
+PATIENCE: Final = 1_000  # turns without progress after which what waits in the node is taken for dropped
 WAITS: Final = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before the next try to connect
 REFUSALS: Final = 3  # in a row, before the key is taken for wrong
 NUMBERED: Final = 1_000  # records from which on it can be told whether the feed delivers every sequence number
@@ -74,6 +76,8 @@ class Link:
     fault: InputError | None = None  # what the user has to mend
     said: deque[str] = field(default_factory=lambda: deque(maxlen=100))  # warnings, and messages of the gateway
     counts: Counter[str] = field(default_factory=Counter)  # records by kind, sessions, partial cancels, orders of snapshots
+    taken: Callable[[], int] | None = None  # how many events the node has worked off, where somebody knows
+    ahead: int = 0  # most events that have waited in the node, where that is known
 
     def statistics(self) -> dict[str, Any]:
         return {**self.counts, "health": self.health.counts()}
@@ -120,12 +124,15 @@ class DirectClient(MarketDataClient):
         self._timer: asyncio.TimerHandle | None = None
         self._task: Any = None
         self._open: list[list[OrderBookDelta]] = [[] for _ in self._ids]
-        self._prices: list[dict[int, Price]] = [{} for _ in self._ids]
-        self._sizes: list[dict[int, Quantity]] = [{} for _ in self._ids]
+        self._stamps = [0] * len(self._ids)  # of the newest delta of each
+        prices: list[dict[int, Price]] = [{} for _ in self._ids]
+        sizes: list[dict[int, Quantity]] = [{} for _ in self._ids]
+        self._places = list(zip(self._ids, prices, sizes, self._open))
         self._bids: dict[int, tuple[Price, Quantity]] = {}
         self._sequence, self._steps, self._skips = 0, 0, 0
         self._newest = 0
         self._unknown = 0
+        self._given = 0  # events handed to the node, less those that were taken back
 
     # --- connection -------------------------------------------------------------------------------------------------------------------
 
@@ -173,6 +180,7 @@ class DirectClient(MarketDataClient):
                 self._running = False
                 self._wire.close()
             for group in self._open:
+                self._given -= len(group)
                 group.clear()
             self._wire = await self._try()
             self._link.health.reconnected()
@@ -252,8 +260,24 @@ class DirectClient(MarketDataClient):
                 m = min(b, n + STEP)
                 last = int(at[m]) if m < len(at) else len(data)
                 handed = self._run_of(int(types[a]), data[int(at[n]) : last], m - n)
-                for _ in range(1 + handed // TURN):
-                    await asyncio.sleep(0)
+                await self._turns(handed)
+
+    async def _turns(self, handed: int) -> None:
+        """Let the node work: until few enough events wait there, where we are told; else as long as `handed` messages take, as a rule."""
+        if (taken := self._link.taken) is None:
+            for _ in range(1 + handed // TURN):
+                await asyncio.sleep(0)
+            return
+        await asyncio.sleep(0)
+        before, still = taken(), 0
+        self._link.ahead = max(self._link.ahead, self._given - before)
+        while self._given - before > AHEAD:
+            await asyncio.sleep(0)
+            now = taken()
+            still = still + 1 if now == before else 0
+            before = now
+            if still == PATIENCE:
+                self._given = now
 
     def _run_of(self, kind: int, data: Array, n: int) -> int:
         """Hand on `n` records of one type; how many objects that made."""
@@ -332,6 +356,7 @@ class DirectClient(MarketDataClient):
             mine = events["instrument"] == k
             health.seen(self._pulse[k], int(events["ts_init"][mine][-1]), wall, int(counts[k]))
         self._link.counts["events"] += len(events)
+        self._given += len(events)
         self._link.counts["partial_cancels"] = self._rows.count("partial_cancel")
         unknown = self._rows.count("unknown_cancel") + self._rows.count("unknown_modify")
         made = self._objects(events)
@@ -341,17 +366,16 @@ class DirectClient(MarketDataClient):
         return made
 
     def _objects(self, events: Array) -> int:
-        made, give, opened, bids = 0, self._handle_data, self._open, self._bids
+        made, give, places, stamps, bids = 0, self._handle_data, self._places, self._stamps, self._bids
         for ts_event, ts_init, price, size, order_id, sequence, action, side, flags, k in events.tolist():
-            id_ = self._ids[k]
-            if (px := self._prices[k].get(price)) is None:
-                px = self._prices[k][price] = Price.from_raw(price * UNIT, self.config.instruments[k].price_precision)
-            if (sz := self._sizes[k].get(size)) is None:
-                sz = self._sizes[k][size] = Quantity.from_raw(size * UNIT, self.config.instruments[k].size_precision)
-            group = opened[k]
+            id_, prices, sizes, group = places[k]
+            if (px := prices.get(price)) is None:
+                px = prices[price] = Price.from_raw(price * UNIT, self.config.instruments[k].price_precision)
+            if (sz := sizes.get(size)) is None:
+                sz = sizes[size] = Quantity.from_raw(size * UNIT, self.config.instruments[k].size_precision)
             if action == TRADE:
                 if group:
-                    give(OrderBookDeltas(id_, group[:]))
+                    give(OrderBookDeltas(id_, group))
                     group.clear()
                     made += 1
                 give(TradeTick(id_, px, sz, _AGGRESSOR[side], TradeId(str(sequence)), ts_event, ts_init))
@@ -363,15 +387,14 @@ class DirectClient(MarketDataClient):
                     (bid, bid_size), made = bids[k], made + 1
                     give(QuoteTick(id_, bid, px, bid_size, sz, ts_event, ts_init))
             else:
-                if group and group[-1].ts_init != ts_init:
-                    give(OrderBookDeltas(id_, group[:]))
+                if group and stamps[k] != ts_init:
+                    give(OrderBookDeltas(id_, group))
                     group.clear()
                     made += 1
-                order, kept = BookOrder(_SIDE[side], px, sz, order_id), flags & ~F_MBP
-                group.append(OrderBookDelta(id_, _ACTION[action], order, kept, sequence, ts_event, ts_init))
+                stamps[k], order = ts_init, BookOrder(_SIDE[side], px, sz, order_id)
+                group.append(OrderBookDelta(id_, _ACTION[action], order, flags & ~F_MBP, sequence, ts_event, ts_init))
                 if flags & F_LAST:
-                    give(OrderBookDeltas(id_, group[:]))
+                    give(OrderBookDeltas(id_, group))
                     group.clear()
                     made += 1
         return made
-

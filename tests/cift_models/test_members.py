@@ -120,6 +120,13 @@ def pieces_equal_the_whole(name, tmp_path):
     assert equal([f[: len(few.closes)] for f in whole], votes(m, pieces(few, few.closes + 1))), "batch by batch, as live"
 
 
+def what_is_not_asked_changes_no_vote(name, tmp_path):
+    m, block = member(name), unseen()
+    asked = np.random.default_rng(7).random(len(block.closes)) < 0.2
+    whole, some = votes(m, [block]), block._replace(closes=block.closes[asked], batches=block.closes)
+    assert equal([f[asked] for f in whole], votes(m, [some]))
+
+
 def the_future_changes_no_past_vote(name, tmp_path):
     m, block = member(name), unseen()
     cut = len(block.events) // 2
@@ -150,7 +157,7 @@ def saved_and_loaded_it_votes_the_same(name, tmp_path):
 
 def the_block_is_left_as_it_was(name, tmp_path):
     m, block = member(name), unseen()
-    events, rows, closes = (a.copy() for a in block)
+    events, rows, closes = (a.copy() for a in block[:3])
     votes(m, [block])
     assert events.tobytes() == block.events.tobytes() and rows.tobytes() == block.rows.tobytes() and np.array_equal(closes, block.closes)
 
@@ -175,9 +182,9 @@ def one_instrument_alone_works(name, tmp_path):
 
 
 CHECKS = [
-    votes_are_probabilities, deterministic_for_a_seed, pieces_equal_the_whole, the_future_changes_no_past_vote,
-    nan_and_infinite_rows_are_survived, saved_and_loaded_it_votes_the_same, the_block_is_left_as_it_was, an_empty_block_changes_nothing,
-    one_class_alone_is_no_accident, one_instrument_alone_works,
+    votes_are_probabilities, deterministic_for_a_seed, pieces_equal_the_whole, what_is_not_asked_changes_no_vote,
+    the_future_changes_no_past_vote, nan_and_infinite_rows_are_survived, saved_and_loaded_it_votes_the_same,
+    the_block_is_left_as_it_was, an_empty_block_changes_nothing, one_class_alone_is_no_accident, one_instrument_alone_works,
 ]  # fmt: skip
 
 

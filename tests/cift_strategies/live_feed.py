@@ -118,6 +118,8 @@ async def listen(
         .build()
     )
     heard.actor = FeatureActor(instruments, faults, None, feed.restamp)
+    if heard.link is not None and not done:
+        heard.link.taken = lambda: heard.actor.vectors
     for actor in actors if done else (heard.actor, Listener(enough, heard), *actors):
         node.add_actor(actor)
     running = asyncio.ensure_future(node.run_async())

@@ -22,6 +22,7 @@ from catalog.events import CANCEL, F_SNAPSHOT, MODIFY, TRADE, Instrument, read_d
 from catalog.synthetic import MarketFiles, make_market
 from cift_models.features import NAMES, replay
 from cift_strategies.feeds import databento
+from cift_strategies.feeds.direct import AHEAD, STEP
 from cift_strategies.feeds.gateway import DEMO_KEY
 from cift_strategies.feeds.mischief import Fault
 
@@ -71,6 +72,7 @@ def test_features_of_a_live_session_equal_those_of_its_file_to_the_last_bit(mark
     heard = asyncio.run(session())
     assert heard.n == len(events)
     assert_rows_equal(heard, events, replay(events, instruments))
+    assert 0 < heard.link.ahead <= AHEAD + STEP  # the line is read no faster than the node works
 
 
 class Markets(DataActor):

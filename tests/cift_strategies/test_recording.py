@@ -20,6 +20,7 @@ from tapes import SHARE
 from catalog.errors import InputError
 from catalog.events import ADD, EVENT, F_LAST, SCALE
 from cift_models.features import replay
+from cift_models.windows import Block
 from cift_strategies import parts
 from cift_strategies.compared import Compared, Recorded, compare_orders
 from cift_strategies.parts import Parts, read
@@ -171,9 +172,11 @@ def test_a_message_that_did_not_come_whole_is_left_out_and_one_astride_two_parts
     assert [c.came.tolist() for c in chunks] == [[5], [6], [7]] and [c.ends.tolist() for c in chunks] == [[50], [80], [90]]
 
 
-def predictions(ts: list[int], instrument: list[int], votes: list[int], mix: list[int]) -> Recorded:
-    columns = {"instrument": instrument, "ts": ts, "latency_ns": [3] * len(ts), "votes_digest": votes, "mix_digest": mix}
-    return Recorded(pa.table({k: pa.array(v, pa.int64()) for k, v in columns.items()}))
+def predictions(
+    ts: list[int], instrument: list[int], votes: list[int], mix: list[int], at: list[int] | None = None, numbered: bool = True
+) -> Recorded:  # fmt: skip
+    columns = {"at": at or ts, "instrument": instrument, "ts": ts, "latency_ns": [3] * len(ts), "votes_digest": votes, "mix_digest": mix}
+    return Recorded(pa.table({k: pa.array(v, pa.int64()) for k, v in columns.items()}), numbered)
 
 
 def test_predictions_are_compared_one_by_one_and_cut_ends_are_no_differences() -> None:
@@ -185,6 +188,15 @@ def test_predictions_are_compared_one_by_one_and_cut_ends_are_no_differences() -
     assert [(d["ts"], d["what"]) for d in found.differ] == [
         (1, "votes"), (2, "what the ensemble makes of the votes"), (3, "not made again"), (5, "was not made in the session")
     ]  # fmt: skip
+
+
+def test_a_batch_that_was_passed_over_is_not_predicted_again_and_one_that_was_cut_off_is() -> None:
+    kept = predictions([1, 2, 3], [0, 0, 0], [1, 2, 3], [1, 2, 3], at=[2, 7, 11])
+    tape = events(20)
+    parts = [Block(tape[:9], np.zeros((9, 1)), np.array([2, 4, 7])), Block(tape[9:], np.zeros((11, 1)), np.array([0, 2, 8]))]
+    asked = [(b.closes.tolist(), None if b.batches is None else b.batches.tolist()) for b in kept.asking(parts)]
+    assert asked == [([2, 7], [2, 4, 7]), ([2, 8], [0, 2, 8])] and kept.passed == 2
+    assert [b.closes.tolist() for b in predictions([1], [0], [1], [1], at=[2], numbered=False).asking(parts)] == [[2, 4, 7], [0, 2, 8]]
 
 
 def test_orders_are_compared_by_what_they_belong_to_in_terms_and_outcome() -> None:
