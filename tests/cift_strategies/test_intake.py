@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +24,12 @@ from nautilus_trader.model import (
     TradeId,
     TradeTick,
 )
+from numba.core.dispatcher import Dispatcher
 from tapes import SHARE
 
+import catalog
+import cift_models
+import cift_strategies
 from catalog.events import F_LAST, SCALE, Instrument
 from cift_models.features import BLOCK, replay
 from cift_models.windows import closes, new_batches
@@ -158,3 +165,17 @@ def test_who_keeps_events_gets_each_once_with_its_features_and_where_messages_en
     assert events.tobytes() == np.concatenate([e for e, _ in copies]).tobytes()
     assert rows.tobytes() == np.concatenate([r for _, r in copies]).tobytes()
     assert np.diff(np.flatnonzero(came), prepend=-1).tolist() == lengths and (np.diff(came[came > 0]) >= 0).all()
+
+
+def test_no_kernel_that_is_kept_on_disk_closes_over_a_compiled_function() -> None:
+    """Such a function has another name in each process: the kernel would be compiled in each."""
+    found = 0
+    for folder in (catalog, cift_models, cift_strategies):
+        for module in pkgutil.iter_modules(folder.__path__):
+            if module.ispkg or b"njit" not in Path(folder.__path__[0], f"{module.name}.py").read_bytes():
+                continue
+            for kernel in vars(importlib.import_module(f"{folder.__name__}.{module.name}")).values():
+                if isinstance(kernel, Dispatcher) and kernel.py_func.__closure__:
+                    assert all(isinstance(cell.cell_contents, int) for cell in kernel.py_func.__closure__), kernel
+                    found += 1
+    assert found >= 4
