@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 from nautilus_trader.model import (
@@ -179,3 +181,13 @@ def test_no_kernel_that_is_kept_on_disk_closes_over_a_compiled_function() -> Non
                     assert all(isinstance(cell.cell_contents, int) for cell in kernel.py_func.__closure__), kernel
                     found += 1
     assert found >= 4
+
+
+def test_kernels_are_kept_by_their_sources_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    name = Path(os.environ["NUMBA_CACHE_DIR"]).name
+    monkeypatch.setattr(numba.config, "CACHE_DIR", numba.config.CACHE_DIR)
+    for told in (tmp_path, tmp_path / name):  # by a user, and by a process that has read it
+        monkeypatch.setenv("NUMBA_CACHE_DIR", str(told))
+        catalog._kernel_cache()
+        assert os.environ["NUMBA_CACHE_DIR"] == str(tmp_path / name)
+    assert name.startswith("kernels-") and str(tmp_path / name) == numba.config.CACHE_DIR
