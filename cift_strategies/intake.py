@@ -48,7 +48,12 @@ def _touch(book: Array) -> Any:
     return book[base + 3 * m - 2] if m else 0, book[asks + 3 * n - 2] if n else 0
 
 
-def _compiled(source: int) -> tuple[Callable[..., tuple[int, ...]], Callable[..., tuple[int, ...]]]:
+# Both are kept on disk under a key made of what they close over, as in `cift_models.feature_kernel`: a number, because a compiled function
+# has another name in each process, and they would be compiled in each.
+_SOURCE: Final = zlib.crc32(b"".join(Path(str(m.__file__)).read_bytes() for m in (cift_models.windows, layout)), SOURCE) | 1
+
+
+def _advance(source: int) -> Callable[..., tuple[int, ...]]:
     @njit(cache=True, error_model="numpy")
     def advance(words, events, order, out, batches, ends, last, book):  # type: ignore[no-untyped-def]
         """Returns (events taken before the book needs room or the session ends, batches closed by all of the events)."""
@@ -59,6 +64,13 @@ def _compiled(source: int) -> tuple[Callable[..., tuple[int, ...]], Callable[...
         m = _closes(batches, events["ts_init"], events["instrument"], ends)
         return run(words, events, order, 0, min(len(events), len(order)), out), m
 
+    return advance
+
+
+advance = _advance(_SOURCE)
+
+
+def _receive(source: int) -> Callable[..., tuple[int, ...]]:
     @njit(cache=True, error_model="numpy")
     def receive(desk, message, packed):  # type: ignore[no-untyped-def]
         """Take the message at an address or, if 0, the `packed` events that lie at the end of the block.
@@ -66,6 +78,7 @@ def _compiled(source: int) -> tuple[Callable[..., tuple[int, ...]], Callable[...
         Returns (events n, instrument, events taken, batches closed, index of the first that closes one, ts_init of the last,
         size at the best bid and ask if a batch closed); n of them or an instrument of -1: nothing taken.
         """
+        assert source
         d = carray(layout.pointer(desk), TABLE, np.int64)  # type: ignore[call-arg]
         m, size, first, n = d[INSTRUMENTS], d[SIZE], d[USED], packed
         block = carray(layout.pointer(d[EVENTS]), size, EVENT)
@@ -90,11 +103,10 @@ def _compiled(source: int) -> tuple[Callable[..., tuple[int, ...]], Callable[...
         bid, ask = _touch(words) if closed else (0, 0)
         return n, k, done, closed, ends[0], events[n - 1]["ts_init"], bid, ask
 
-    return advance, receive
+    return receive
 
 
-# kept on disk under a key made of what they close over, as in `cift_models.feature_kernel`
-advance, receive = _compiled(zlib.crc32(b"".join(Path(str(m.__file__)).read_bytes() for m in (cift_models.windows, layout)), SOURCE) | 1)
+receive = _receive(_SOURCE)
 
 
 class _Block:

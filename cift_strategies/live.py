@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from cift_strategies.serving import Models, Serving
     from cift_strategies.system import Client, System
 
-READY_S: Final = 60  # for the gateway and the models to be ready
+READY_S: Final = 60  # for the gateway to answer
+MODELS_S: Final = 300  # for a replay to wait for the models, whose kernels the first start of a clone compiles
 SCORED_S: Final = 120
 
 
@@ -137,7 +138,7 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack) -> Path:
         switches.kill(f"the file {config.state / 'kill'} is there: remove it and resume")
     if pace is not None and (recovered is None or not recovered.waits):
         with Steps("models"):
-            serving.ready.wait(READY_S)
+            serving.ready.wait(MODELS_S)
     if serving.fault is not None and serving.ready.is_set():
         raise InputError(serving.fault)
     session = Session(config, system, serving, switches, watch, node, last, display)
@@ -160,7 +161,7 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack) -> Path:
     if kept is not None:
         with Steps("recording"):
             to_catalog(Recording(kept))
-    return finish(config, ready, system, serving, switches, scored, began, node)
+    return finish(config, ready, system, serving, switches, scored, began, node, getattr(line, "ahead", 0))
 
 
 def record(
@@ -306,9 +307,10 @@ def monitor(
 
 
 def finish(
-    config: LiveConfig, ready: Prepared, system: System, serving: Serving, switches: Any, scored: Scored | None, began: float, node: Any
-) -> Path:
-    """Write the report into the state folder."""
+    config: LiveConfig, ready: Prepared, system: System, serving: Serving, switches: Any, scored: Scored | None, began: float, node: Any,
+    ahead: int = 0,
+) -> Path:  # fmt: skip
+    """Write the report into the state folder; `ahead`: most events that waited in the node, where that is known."""
     from cift_strategies.outcome import Traded, write_run
 
     traded = Traded.by(system.strategy)
@@ -326,7 +328,7 @@ def finish(
         "live": {
             "feed": config.feed, "venue": config.venue, "speed": config.speed, "skipped": serving.skipped, "passed": serving.passed,
             "lost": serving.lost,
-            "queue": serving.depth.told(),
+            "queue": serving.depth.told(), "node_queue": ahead,
             "stages": [t.told(s) for s, t in {**serving.timings, **switches.status()["timings"]}.items()],
         },
     }  # fmt: skip

@@ -132,6 +132,7 @@ class DirectClient(MarketDataClient):
         self._sequence, self._steps, self._skips = 0, 0, 0
         self._newest = 0
         self._unknown = 0
+        self._priced: set[int] = set()  # instruments of which the node knows a price of this session
         self._given = 0  # events handed to the node, less those that were taken back
 
     # --- connection -------------------------------------------------------------------------------------------------------------------
@@ -188,6 +189,7 @@ class DirectClient(MarketDataClient):
     async def _session(self, wire: Wire) -> None:
         self._link.counts["sessions"] += 1
         self._sequence, self._steps, self._skips, self._newest = 0, 0, 0, 0
+        self._priced.clear()
         for schema, symbols in self._wanted.items():
             wire.subscribe(schema, symbols, snapshot=schema == "mbo")
         wire.start()
@@ -360,10 +362,27 @@ class DirectClient(MarketDataClient):
         self._link.counts["partial_cancels"] = self._rows.count("partial_cancel")
         unknown = self._rows.count("unknown_cancel") + self._rows.count("unknown_modify")
         made = self._objects(events)
+        for k in np.flatnonzero(counts).tolist():
+            if k not in self._priced and not self._open[k]:
+                made += self._price(k, int(events["ts_event"][-1]), int(events["ts_init"][-1]))
         if unknown > self._unknown:
             self._unknown = unknown
             self._lost("book", 0)
         return made
+
+    def _price(self, k: int, ts_event: int, ts_init: int) -> int:
+        """Tell the node the best prices of a book that is whole again: from deltas alone it takes none before the first trade, and denies
+        orders at the market. Once a session."""
+        if self.config.instruments[k].level < 2:
+            self._priced.add(k)  # its quotes say them
+        elif (touch := self._rows.touch(k)) is not None:
+            self._priced.add(k)
+            x = self.config.instruments[k]
+            bid, ask = (Price.from_raw(v * UNIT, x.price_precision) for v in touch[::2])
+            sizes = (Quantity.from_raw(v * UNIT, x.size_precision) for v in touch[1::2])
+            self._handle_data(QuoteTick(self._ids[k], bid, ask, *sizes, ts_event, ts_init))
+            return 1
+        return 0
 
     def _objects(self, events: Array) -> int:
         made, give, places, stamps, bids = 0, self._handle_data, self._places, self._stamps, self._bids

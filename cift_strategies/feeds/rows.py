@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from catalog.book import LIVE
+from catalog.book import BASE, CAP, LEVELS, LIVE
 from catalog.definitions import UNDEFINED_TIME
 from catalog.events import CLEAR, EVENT, SCALE, Instrument, move
 from catalog.levels import LAYOUTS, STATE, convert, parts, room
@@ -91,6 +91,14 @@ class Rows:
         """Whether the book of an instrument is empty."""
         book = self.checker._books.get(k)
         return book is None or not book[LIVE]
+
+    def touch(self, k: int) -> tuple[int, int, int, int] | None:
+        """Best bid, its size, best ask, its size of an instrument, in units of EVENT; None where a side is empty."""
+        book = self.checker._books.get(k)
+        if book is None or not (book[LEVELS] and book[LEVELS + 1]):
+            return None
+        bid, ask = (int(book[BASE] + 3 * side * book[CAP] + 3 * (book[LEVELS + side] - 1)) for side in (0, 1))
+        return int(book[bid]), int(book[bid + 1]), -int(book[ask]), int(book[ask + 1])
 
     def count(self, kind: str) -> int:
         """How often a kind of :data:`catalog.quality.KINDS` was seen."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,25 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from live_feed import listen, playing, statuses
+from live_feed import GUARD_S, listen, playing, statuses
 from nautilus_trader.common import DataActor, DataActorConfig
 from nautilus_trader.model import ActorId, InstrumentId
 
 from catalog.book import depth
 from catalog.errors import InputError
-from catalog.events import CANCEL, F_SNAPSHOT, MODIFY, TRADE, Instrument, read_dbn, read_instruments_toml
+from catalog.events import CANCEL, F_SNAPSHOT, MODIFY, SCALE, TRADE, Instrument, read_dbn, read_instruments_toml
 from catalog.synthetic import MarketFiles, make_market
 from cift_models.features import NAMES, replay
+from cift_strategies.faults import Faults
 from cift_strategies.feeds import databento
 from cift_strategies.feeds.direct import AHEAD, STEP
 from cift_strategies.feeds.gateway import DEMO_KEY
 from cift_strategies.feeds.mischief import Fault
+from cift_strategies.messages import Signal
+from cift_strategies.risk import Limits
+from cift_strategies.settings import Settings
+from cift_strategies.strategy import Terms
+from cift_strategies.system import assemble, live_node, sandbox
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -230,6 +236,51 @@ def test_a_start_in_mid_session_has_the_whole_book(market: MarketFiles) -> None:
     assert snapshot[: int(snapshot.sum())].all() and snapshot.sum() > 20  # first of all
     assert heard.link.health.counts()["reasons"] == {}
     assert 5_000 < whole_again(heard, events, instruments) < 15_000
+
+
+class Silent:
+    """Predicts nothing."""
+
+    def predict(self, vector: Any) -> Any:
+        return ()
+
+
+def test_the_kill_switch_closes_at_the_market_before_a_trade_was_seen(market: MarketFiles) -> None:
+    """In a market that stands still after a start in its midst: from a snapshot alone Nautilus takes no price, and denies such orders."""
+    events, instruments = read_dbn(market.mbo[0])
+    limits = Terms(tuple(instruments), Settings(), Limits(), faults=Faults())
+
+    async def until(true: Callable[[], bool]) -> None:
+        async with asyncio.timeout(GUARD_S):
+            while not true():
+                await asyncio.sleep(0.01)
+
+    async def session() -> Any:
+        async with playing(market.mbo) as gateway:
+            gateway.go((gateway.tape.first + int(events["ts_init"].max())) // 2, 1e-3)
+            feed = databento.client(instruments, gateway.tape.dataset, DEMO_KEY, live=f"127.0.0.1:{gateway.port}")
+            system = assemble(limits, Silent())
+            s = system.strategy
+            node = live_node(system, [feed], sandbox(instruments, 1e6, 0, limits.faults), True)
+            running = asyncio.ensure_future(node.run_async())
+            try:
+                await until(lambda: all(v is not None and np.isfinite(v.mid) for v in s.last))
+                for k, x in enumerate(instruments):
+                    at = round(s.last[k].mid * SCALE / x.tick) * x.tick
+                    far = 10 * x.tick
+                    s.enter(Signal(k, s.now(), s.now(), 1, 10 * SCALE, SCALE, 1.0, 0.0, 1.0, -1, at + far, at - 9 * far, at + 9 * far))
+                await until(lambda: all(p.size for p in s.ledger.positions))
+                s.halt("killed", "kill switch")
+                s.flatten("killed")
+                await until(lambda: s.flat or s.order_types["OrderDenied"] > 0)
+                return dict(s.order_types), s.flat
+            finally:
+                node.handle().stop()
+                await asyncio.wait((running,), timeout=GUARD_S)
+
+    events_of_orders, flat = asyncio.run(session())
+    limits.faults.reraise()
+    assert flat and "OrderDenied" not in events_of_orders
 
 
 def test_the_book_is_whole_again_after_the_line_was_lost(market: MarketFiles) -> None:

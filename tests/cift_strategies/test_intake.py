@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import pkgutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 from nautilus_trader.model import (
@@ -21,8 +26,12 @@ from nautilus_trader.model import (
     TradeId,
     TradeTick,
 )
+from numba.core.dispatcher import Dispatcher
 from tapes import SHARE
 
+import catalog
+import cift_models
+import cift_strategies
 from catalog.events import F_LAST, SCALE, Instrument
 from cift_models.features import BLOCK, replay
 from cift_models.windows import closes, new_batches
@@ -158,3 +167,27 @@ def test_who_keeps_events_gets_each_once_with_its_features_and_where_messages_en
     assert events.tobytes() == np.concatenate([e for e, _ in copies]).tobytes()
     assert rows.tobytes() == np.concatenate([r for _, r in copies]).tobytes()
     assert np.diff(np.flatnonzero(came), prepend=-1).tolist() == lengths and (np.diff(came[came > 0]) >= 0).all()
+
+
+def test_no_kernel_that_is_kept_on_disk_closes_over_a_compiled_function() -> None:
+    """Such a function has another name in each process: the kernel would be compiled in each."""
+    found = 0
+    for folder in (catalog, cift_models, cift_strategies):
+        for module in pkgutil.iter_modules(folder.__path__):
+            if module.ispkg or b"njit" not in Path(folder.__path__[0], f"{module.name}.py").read_bytes():
+                continue
+            for kernel in vars(importlib.import_module(f"{folder.__name__}.{module.name}")).values():
+                if isinstance(kernel, Dispatcher) and kernel.py_func.__closure__:
+                    assert all(isinstance(cell.cell_contents, int) for cell in kernel.py_func.__closure__), kernel
+                    found += 1
+    assert found >= 4
+
+
+def test_kernels_are_kept_by_their_sources_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    name = Path(os.environ["NUMBA_CACHE_DIR"]).name
+    monkeypatch.setattr(numba.config, "CACHE_DIR", numba.config.CACHE_DIR)
+    for told in (tmp_path, tmp_path / name):  # by a user, and by a process that has read it
+        monkeypatch.setenv("NUMBA_CACHE_DIR", str(told))
+        catalog._kernel_cache()
+        assert os.environ["NUMBA_CACHE_DIR"] == str(tmp_path / name)
+    assert name.startswith("kernels-") and str(tmp_path / name) == numba.config.CACHE_DIR
