@@ -108,7 +108,7 @@ class InferencePipeline:
         return callback
 
     def stop(self) -> None:
-        """End :meth:`start`, which returns once everything is put away."""
+        """End :meth:`start`, which returns once everything is put away; no callback gets anything more."""
         self._stopping.set()
 
     async def start(self) -> None:
@@ -197,7 +197,7 @@ class InferencePipeline:
         self._results.put_nowait(PredictionResult(x.id, p.ts, p.latency_ns / 1e6 / (speed or 1.0), said, p.model_version))
 
     async def _call(self) -> None:
-        while True:
+        while not self._stopping.is_set():
             result = await self._results.get()
             for callback in self._callbacks:
                 answer = callback(result)

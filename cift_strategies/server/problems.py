@@ -64,8 +64,12 @@ def install(app: FastAPI) -> None:
         return problem(500 if error.ours else 409, str(error))
 
     @app.exception_handler(HTTPException)
-    async def _http(_request: Request, error: HTTPException) -> JSONResponse:
-        return problem(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        headers, said = dict(error.headers or {}), str(error.detail)
+        if said == HTTPStatus(error.status_code).phrase:  # of a path or a method that there is not
+            path, allowed = request.url.path[:200], headers.get("Allow")
+            said = f"{path} takes {allowed}" if allowed else f"there is no {path}: /openapi.json lists what there is"
+        return problem(error.status_code, said, headers=headers)
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(_request: Request, error: RequestValidationError) -> JSONResponse:

@@ -30,6 +30,11 @@ class Protocol(WebSocketsSansIOProtocol):
         cast(dict[str, Any], self.scope)["cift.connection"] = self
         await super().run_asgi()
 
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if self.initial_response is not None and self.close_sent:
+            self.handshake_complete = True  # it was refused with an answer of ours; uvicorn would log that there was none
+
     def write(self, data: bytes) -> None:
         """Send framed messages; what the system does not take waits in memory."""
         if not self.close_sent and not self.transport.is_closing():

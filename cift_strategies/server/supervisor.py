@@ -70,6 +70,7 @@ class Supervisor:
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
         assert self.process.stdout is not None and self.process.stderr is not None
+        self._errors.clear()
         errors = threading.Thread(target=self._keep, args=(self.process.stderr,), daemon=True)
         errors.start()
         waiting = threading.Timer(READY_S, self.process.kill)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,34 +18,12 @@ from catalog.events import SCALE, Instrument
 from cift_models.windows import HORIZONS_NS
 from cift_strategies import InferencePipeline, PipelineConfig
 from cift_strategies.messages import Prediction
+from cift_strategies.pipeline import PredictionResult
 from cift_strategies.recommendation import recommendation
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARE = Instrument("SHARE.XTST", SCALE // 100, SCALE, 1.0, "USD", kind="equity")
 FIVE = ("hawkes", "transformer", "hmm", "gnn", "fusion")
-PROGRAM = """
-import asyncio, dataclasses, json, sys
-from pathlib import Path
-from cift_strategies import InferencePipeline, PipelineConfig
-
-async def main(market, artifact, most):
-    files = sorted(Path(market).glob("*.dbn.zst"))[-2:]
-    pipeline = InferencePipeline(PipelineConfig(dbn=files, artifacts=artifact, speed=50, min_agreement=2, confidence_threshold=0.4))
-    plain = []
-
-    @pipeline.on_prediction
-    async def told(result):
-        print(json.dumps({**dataclasses.asdict(result), "prediction": result.prediction.model_dump()}), flush=True)
-        if len(plain) >= int(most):
-            pipeline.stop()
-
-    pipeline.on_prediction(plain.append)
-    await pipeline.start()
-    print(json.dumps({"delivered": pipeline.delivered, "plain": len(plain)}))
-
-if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
-"""
 
 
 def said(p: float, side: int, agree: int, magnitude: float = 8.0) -> Prediction:
@@ -103,18 +81,41 @@ def test_what_the_user_can_mend_is_told_at_the_start(monkeypatch: pytest.MonkeyP
         asyncio.run(_start(PipelineConfig(polygon_api_key="k", symbols=("AAPL",))))  # type: ignore[arg-type]
 
 
-def test_a_program_gets_predictions_without_a_key_in_its_own_loop(small: Any, tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    command = [sys.executable, str(program), str(small.catalog.parent / "market"), str(small.artifact), "200"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert run.returncode == 0, run.stderr[-3_000:]
-    *results, end = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-    assert end["delivered"] == end["plain"] == len(results) >= 200
+def test_a_program_gets_predictions_without_a_key_in_its_own_loop(small: Any) -> None:
+    files = sorted((small.catalog.parent / "market").glob("*.dbn.zst"))[-2:]
+    config = PipelineConfig(dbn=tuple(files), artifacts=small.artifact, speed=50, min_agreement=2, confidence_threshold=0.4)
+    results: list[PredictionResult] = []
+    plain: list[PredictionResult] = []
+
+    async def predict() -> InferencePipeline:
+        pipeline = InferencePipeline(config)
+
+        @pipeline.on_prediction
+        async def told(result: PredictionResult) -> None:
+            await asyncio.sleep(0)
+            results.append(result)
+            if len(results) == 200:
+                pipeline.stop()
+
+        pipeline.on_prediction(plain.append)
+        await pipeline.start()
+        return pipeline
+
+    assert asyncio.run(predict()).delivered == 200 and plain == results  # and nothing after it was stopped
     for r in results:
-        p = r["prediction"]
-        assert r["total_latency_ms"] > 0 and set(p["votes"]) == set(FIVE)
-        assert not p["should_trade"] or (p["agreement"] >= 2 and p["confidence"] >= 0.4 and p["position_size"] > 0)
+        p = r.prediction
+        assert r.total_latency_ms > 0 and set(p.votes) == set(FIVE)
+        assert not p.should_trade or (p.agreement >= 2 and p.confidence >= 0.4 and p.position_size > 0)
     for x in small.result.instruments:
-        stamps = [r["ts"] for r in results if r["symbol"] == x.id]
+        stamps = [r.ts for r in results if r.symbol == x.id]
         assert stamps and stamps == sorted(stamps)
+
+
+def test_the_example_prints_what_the_ensemble_says(small: Any, tmp_path: Path) -> None:
+    files = sorted((small.catalog.parent / "market").glob("*.dbn.zst"))[-2:]
+    settings = {"dbn": [str(f) for f in files], "artifacts": str(small.artifact), "speed": 50}
+    command = [sys.executable, str(ROOT / "docs" / "examples" / "predictions.py"), json.dumps(settings)]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3_000:]
+    lines = run.stdout.splitlines()
+    assert len(lines) == 20 and all(re.fullmatch(r"\w+\.\w+: (buy|sell|nothing to do) .+, \d+\.\d ms", line) for line in lines)

@@ -105,21 +105,23 @@ def test_an_unknown_instrument_is_a_problem_that_names_the_known_ones(served: Se
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "body", "status"),
+    ("method", "path", "body", "status", "says"),
     [
-        ("GET", "/nothing", None, 404),
-        ("GET", "/api/v1/nothing", None, 404),
-        ("DELETE", "/api/v1/fills", None, 405),
-        ("POST", "/api/v1/predict", b"{", 400),
-        ("POST", "/api/v1/predict", b"{}", 422),
-        ("GET", "/api/v1/orders?working=perhaps", None, 422),
+        ("GET", "/nothing", None, 404, "there is no /nothing"),
+        ("GET", "/api/v1/nothing", None, 404, "/openapi.json"),
+        ("DELETE", "/api/v1/fills", None, 405, "/api/v1/fills takes GET"),
+        ("POST", "/api/v1/predict", b"{", 400, "JSON"),
+        ("POST", "/api/v1/predict", b"{}", 422, "symbol"),
+        ("GET", "/api/v1/orders?working=perhaps", None, 422, "query.working"),
     ],
 )
-def test_what_is_wrong_is_told_as_problem_details(served: Served, method: str, path: str, body: bytes | None, status: int) -> None:
+def test_what_is_wrong_is_told_as_problem_details(
+    served: Served, method: str, path: str, body: bytes | None, status: int, says: str
+) -> None:
     answer = served.http.request(method, path, content=body, headers={**served.bearer, "Content-Type": "application/json"})
     told = answer.json()
     assert answer.status_code == told["status"] == status and answer.headers["content-type"] == "application/problem+json"
-    assert told["type"] == "about:blank" and told["detail"]
+    assert told["type"] == "about:blank" and says in told["detail"]
     assert status != 405 or answer.headers["allow"]
 
 
@@ -256,6 +258,7 @@ def test_pages_of_other_hosts_may_not_open_the_stream(served: Served) -> None:
             with pytest.raises(InvalidStatus, match="403") as refused:
                 await connect(at, origin=other)  # type: ignore[arg-type]
             assert "--origin" in json.loads(refused.value.response.body)["detail"]
+        assert not served.supervisor._errors  # a refusal is no fault of the server's
         async with connect(at, origin=served.url) as ws:  # type: ignore[arg-type]
             assert json.loads(await ws.recv())["type"] == "snapshot"
 
