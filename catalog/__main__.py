@@ -27,6 +27,7 @@ from catalog.lobster import import_lobster, is_lobster
 from catalog.moments import nanoseconds
 from catalog.parquet import iso
 from catalog.progress import Steps
+from catalog.status import STATES, read_status
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.add_typer(altcommands.app, name="altdata")
@@ -158,15 +159,30 @@ def _describe_catalog(root: Path, as_json: bool) -> None:
 def _describe_dbn(path: Path, as_json: bool) -> None:
     file = Dbn(path)
     if file.schema == "definition":
-        found = [asdict(d) for d in read_definitions(path)]
+        passed: dict[str, int] = {}
+        found = read_definitions(path, passed)
         if as_json:
-            print(json.dumps({"dataset": file.dataset, "schema": file.schema, "definitions": found}))
+            told = [asdict(d) for d in found]
+            print(json.dumps({"dataset": file.dataset, "schema": file.schema, "definitions": told, "passed_over": list(passed)}))
             return
         table = Table("instrument", "kind", "tick", "multiplier", "currency", title=f"{path.name}: definitions of {file.dataset}")
-        for d in read_definitions(path):
-            i = d.instrument
+        for i in (d.instrument for d in found):
             table.add_row(i.id, i.kind, text(i.tick), f"{i.multiplier:g}", i.currency)
+        if found:
+            console.print(table)
+        if passed:
+            console.print(f"{len(passed):,} spreads or options, which are not read: {', '.join([*passed][:8])}")
+        return
+    if file.schema == "status":
+        states = read_status(path)
+        if as_json:
+            print(json.dumps({"dataset": file.dataset, "schema": file.schema, "states": [s._asdict() for s in states]}))
+            return
+        table = Table("symbol", "from", "action", "the market is", title=f"{path.name}: status of {file.dataset}")
+        for s in states[:40]:
+            table.add_row(s.symbol, iso(s.ts_init), s.action.lower().replace("_", " "), STATES[s.state])
         console.print(table)
+        console.print(f"{len(states):,} changes of state{', of which the first 40 are shown' if len(states) > 40 else ''}")
         return
     instruments, blocks = stream(path)
     rows: dict[int, NDArray[Any]] = {}

@@ -24,7 +24,7 @@ from catalog.events import ADD, CANCEL, CLEAR, EVENT, F_LAST, F_MBP, F_TOB, MODI
 Events = NDArray[Any]
 BLOCK: Final = 65_536  # most rows of a block that a reader yields, and of a row group that is written
 FAR: Final = 4_102_444_800_000_000_000  # 2100-01-01, the expiry that stands for none
-BUFFERED: Final = 4_000_000  # rows that all cursors of a reader may hold together
+BUFFERED: Final = 1_000_000  # rows that all cursors of a reader may hold together
 
 DELTAS, TRADES, QUOTES = "order_book_deltas", "trades", "quotes"
 _KINDS: Final = {"futures_contract": "future", "equity": "equity", "currency_pair": "currency_pair", "crypto_perpetual": "crypto_perpetual"}
@@ -344,12 +344,14 @@ class _Cursor:
                 try:
                     for table in file.iter_batches(batch, groups, [f.name for f in SCHEMA[part.type]]):
                         rows = _decode(table, part.type, index, part.path)
+                        del table  # a file waits here while others are read
                         if len(rows) and rows[0]["ts_init"] < last:
                             raise InputError(f"{part.path}: ts_init runs backwards at {rows[0]['ts_init']}: sort the file by it")
                         last = rows[-1]["ts_init"] if len(rows) else last
                         inside = slice(*np.searchsorted(rows["ts_init"], [start]), *np.searchsorted(rows["ts_init"], [end], "right"))
-                        if len(rows[inside]):
-                            yield rows[inside]
+                        rows = rows[inside]
+                        if len(rows):
+                            yield rows
                 except (pa.ArrowException, OSError) as e:
                     raise InputError(f"{part.path} is damaged ({_brief(e)}): write or copy it again") from None
 

@@ -55,8 +55,8 @@ KINDS: Final = {
     "sequence_gap": "sequence number skipped, where the feed numbers this instrument alone",
     "bad_ts_recv": "flagged F_BAD_TS_RECV outside a snapshot",
     "maybe_bad_book": "flagged F_MAYBE_BAD_BOOK",
-    "silence": "half an hour or more of a session without an event, and no status record of a halt or close (an early close, or data lost)",
-    "missing_session": "session of a weekday without an event, and no status record of a close (a holiday, or data lost)",
+    "silence": "half an hour or more of a session without an event or a status record",
+    "missing_session": "session of a weekday without an event or a status record",
     "bad_record": "record of an unknown action or side, or without a time (left out)",
 }
 NAMES: Final = tuple(KINDS)

@@ -92,7 +92,7 @@ def test_replay_with_all_features(benchmark, request, market):
     instruments = [instruments] if isinstance(instruments, Instrument) else instruments
     out = np.empty((65_536, len(NAMES)))
     replay_by_blocks(events, instruments, out)
-    benchmark.pedantic(replay_by_blocks, (events, instruments, out), rounds=8)
+    benchmark.pedantic(replay_by_blocks, (events, instruments, out), rounds=max(8, 3_000_000 // len(events)))
     benchmark.extra_info |= {"events_per_second": len(events) / benchmark.stats.stats.min, "features": len(NAMES)}
 
 

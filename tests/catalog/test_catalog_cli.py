@@ -54,6 +54,19 @@ def test_describe_tells_what_a_file_holds(data, monkeypatch, capsys):
     assert code == 0 and "ESU4.GLBX" in out and "NQU4.GLBX" in out
 
 
+def test_each_schema_of_databento_is_described_or_refused_in_one_line(data, monkeypatch, capsys):
+    refused = set()
+    for file in sorted((data / "databento/schemas").iterdir()):
+        schema = file.name.removeprefix("test_data.").removesuffix(".dbn.zst")
+        code, out, err = run(monkeypatch, capsys, "describe", file)
+        if code:
+            refused.add(schema)
+            assert (code, out, len(err.splitlines())) == (2, "", 1) and f"holds {schema}, which is not read" in err
+        else:
+            assert {"status": "pre open", "definition.option": "2 spreads or options, which are not read"}.get(schema, "") in out and out
+    assert refused == {"statistics", "imbalance", *(f"ohlcv-1{unit}" for unit in "dhms")}
+
+
 @pytest.mark.parametrize("place", [ES, BINANCE])
 def test_check_counts_faults_of_files_and_catalogs(data, monkeypatch, capsys, place):
     code, out, _ = run(monkeypatch, capsys, "check", data / place, "--json")

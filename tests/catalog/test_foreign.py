@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -139,3 +141,27 @@ def test_decimals_of_another_scale_are_read_exactly(foreign, tmp_path):
             table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(pa.decimal128(20, 4)))
         pq.write_table(table, file)
     assert np.array_equal(before, np.concatenate(list(read_catalog(root, ["ABC.XNAS"])[1])))
+
+
+def test_memory_does_not_grow_with_the_number_of_files(tmp_path):
+    """The same quotes in 2 and in 200 files that follow each other: a file is open while its rows are read, and no longer."""
+    made, held = instruments()[0], []
+    for n in (2, 200):
+        root = tmp_path / str(n)
+        root.mkdir()
+        catalog = ParquetDataCatalog(str(root))
+        catalog.write_instruments([made])
+        for part in range(n):
+            catalog.write_quote_ticks(quotes(made, 10 * part * (4_000 // n), 4_000 // n))
+        pa.default_memory_pool().release_unused()
+        tracemalloc.start()
+        before = pa.total_allocated_bytes()
+        most, rows, files = 0, 0, 0
+        for block in read_catalog(root)[1]:
+            rows += len(block)
+            files = max(files, sum(os.path.realpath(f"/proc/self/fd/{fd}").startswith(str(root)) for fd in os.listdir("/proc/self/fd")))
+            most = max(most, tracemalloc.get_traced_memory()[0] + pa.total_allocated_bytes() - before)
+        tracemalloc.stop()
+        assert rows == 8_000 and files <= 1
+        held.append(most)
+    assert held[1] < 1.5 * held[0]

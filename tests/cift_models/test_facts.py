@@ -14,7 +14,7 @@ from scipy.stats import page_trend_test
 from catalog.events import read_catalog, read_dbn
 from catalog.planted import Plan
 from catalog.synthetic import make_market
-from cift_models.facts import Facts, facts, lines
+from cift_models.facts import Facts, _error, _scaled, facts, lines
 from cift_models.inference import stream
 
 SHARES, SEEDS = (0.0, 0.35, 0.65, 0.95), range(1, 6)
@@ -48,13 +48,18 @@ def test_in_a_planted_market_flow_explains_the_mid_of_its_second_and_the_micro_p
 ) -> None:
     assert by_share["ofi_r2"][:, -1].min() > 0.2
     assert by_share["micro_error_5s"][:, -1].mean() < 1
+    assert by_share["micro_share"].min() > 0
 
 
 def test_on_real_data_flow_explains_the_mid_and_the_micro_price_is_nearer_to_the_mid_to_come(data: Path) -> None:
     instruments, chunks = read_catalog(data / "catalogs" / "binance-2024-08-08")
     found = facts(stream(instruments, chunks), instruments)
     assert len(found) == 4
+    es, instrument = read_dbn(data / "databento" / "esh4-glbx-mdp3-20231225.mbo.dbn.zst")
+    (future,) = facts(stream(instrument, [es]), instrument)
+    assert future.ofi_r2 > 0.3 and future.micro_scaled < 1 and 0 < future.micro_share < 0.5, "a mid that stands still for seconds"
     for f in found:
+        assert f.micro_scaled < 1
         assert f.seconds > 300 and f.ofi_r2 > 0.1 and f.micro_error < 1 and 0 < f.vpin < 1 and f.kyle_lambda > 0
     assert all(f.instrument in line for f, line in zip(found, lines(found)[1:]))
 
@@ -79,3 +84,17 @@ def test_the_command_prints_them(tmp_path: Path) -> None:
         cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert "OFI R2" in done.stdout and "KESTR.XNAS" in done.stdout
+
+
+def test_a_share_of_the_past_is_all_that_a_forecast_is_scaled_by() -> None:
+    """A mid of which a quarter of what is told comes in the next second; of the last second nothing can be known."""
+    rng = np.random.default_rng(0)
+    second, told = np.arange(2_000.0), rng.normal(0, 1, 2_000)
+    mid = np.append(0.0, np.cumsum(0.25 * told + rng.normal(0, 0.1, 2_000))[:-1])
+    share, error = _scaled(second, mid, told)
+    assert abs(share - 0.25) < 0.01 and abs(error - 0.01 / (0.25**2 + 0.01)) < 0.03
+    assert _error(second, mid, told, 1) > 5
+    changed = mid.copy()
+    changed[-1] += 1_000.0
+    first, later = (_scaled(second[:-1], m[:-1], told[:-1]) for m in (mid, changed))
+    assert first == later
