@@ -256,11 +256,13 @@ def resolve(config: RunConfig) -> sources.Source:
 
 
 def run(
-    config: RunConfig, leave: Callable[[BaseException], object] | None = None, trials: int = 1, ratios: Sequence[float] = ()
-) -> RunResult:
+    config: RunConfig, leave: Callable[[BaseException], object] | None = None, trials: int = 1, ratios: Sequence[float] = (),
+    trained: Path | None = None,
+) -> RunResult:  # fmt: skip
     """The whole run. `leave` is called with the first failure inside the engine, which cannot be left by raising: it may end the
     process after :func:`clean_up`; without it the failure is raised once the stream has ended. `trials`: from how many the run was chosen,
-    with the `ratios` of their Sharpe per step of the report (`Finished.sharpe`): its Sharpe ratio is deflated by them.
+    with the `ratios` of their Sharpe per step of the report (`Finished.sharpe`): its Sharpe ratio is deflated by them. `trained`: the
+    models of this very configuration, which are not trained again.
 
     Raises InputError for what the user can mend.
     """
@@ -286,7 +288,7 @@ def run(
         _Open.part = part
         try:
             chosen = {"trials": trials, "trial_ratios": [float(r) for r in ratios]} if trials > 1 else {}
-            return _run(config, found, p, altdata, out, part, began, leave, chosen)
+            return _run(config, found, p, altdata, out, part, began, leave, chosen, trained)
         finally:
             clean_up(keep=part)
 
@@ -310,7 +312,7 @@ def clean_up(keep: Path | None = None) -> None:
 
 def _run(
     config: RunConfig, found: sources.Source, p: Plan, altdata: Table | None, out: Path, part: Path, began: float,
-    leave: Callable[[BaseException], object] | None, more: Mapping[str, Any],
+    leave: Callable[[BaseException], object] | None, more: Mapping[str, Any], trained: Path | None,
 ) -> RunResult:  # fmt: skip
     from cift_models.inference import DEFAULT_LATENCY
     from cift_strategies.aside import Aside, Second
@@ -323,7 +325,7 @@ def _run(
         q, ns = tuple(told["q"]), tuple(told["ns"])
     if config.rule or found.quality is None:
         _Open.second = Second(p, found.quality is None, q, ns)
-    artifact = config.artifacts
+    artifact = config.artifacts or trained
     if artifact is None:
         from cift_models.train import train
 

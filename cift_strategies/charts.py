@@ -363,7 +363,7 @@ def gain_figure(rows: Sequence[tuple[str, str, float, float, float, bool]]) -> F
         "marker": {"color": colour, "size": 9, "symbol": ["circle" if s else "circle-open" for s in sure]},
         "error_x": {**error, "color": "var(--muted)", "thickness": 1.5, "width": 4}, "hovertemplate": "%{text}<extra></extra>",
     }  # fmt: skip
-    x = axis("log-loss gained per decision (nats): right of the line is better", zeroline=False)
+    x = axis("log-loss gained (nats)", zeroline=False)
     y = axis(autorange="reversed", type="category")
     zero, _ = upright(0, "", "var(--muted)")
     more = layout(70 + 28 * max(2, len(rows)), hovermode="closest", xaxis=x, yaxis=y, shapes=[zero])

@@ -51,6 +51,7 @@ ORDERS: Final = pa.schema([  # an order event each
     ("mid", pa.float64()), ("spread", pa.float64()),  # when it happened; the spread in ticks
 ])  # fmt: skip
 KEPT_LATENCIES: Final = 100_000
+ROW_GROUP: Final = 1_000  # predictions that are written at once, or more
 REGIME_CHANGES: Final = 20_000
 
 
@@ -100,6 +101,7 @@ class PredictionWriter:
         self._offset = [0] * len(instruments)
         self._waiting: deque[_Waiting] = deque()
         self._writer: pq.ParquetWriter | None = None
+        self._held: list[pa.Table] = []  # fewer rows than a row group has: the blocks of a live session are of one or two
         self._rng = np.random.default_rng(seed)
         self._latency: NDArray[np.int64] = np.empty(KEPT_LATENCIES, np.int64)
         self._regimes: list[list[tuple[int, int]]] = [[] for _ in instruments]
@@ -154,10 +156,9 @@ class PredictionWriter:
             columns[f"move_{label}"] = w.move[new, h]
         each = int(np.prod(p.votes.shape[1:]))
         columns["votes"] = pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(p.votes, np.float32).ravel()), each)
-        rows = pa.table(columns)
-        if self._writer is None:
-            self._writer = pq.ParquetWriter(self.path, rows.schema, compression="zstd")
-        self._writer.write_table(rows)
+        self._held.append(pa.table(columns))
+        if sum(map(len, self._held)) >= ROW_GROUP:
+            self._flush()
         self._sample(latency)
         for k in np.unique(p.instrument):
             mine = p.instrument == k
@@ -166,6 +167,14 @@ class PredictionWriter:
             change = np.flatnonzero(np.diff(regime, prepend=np.int8(kept[-1][1] if kept else 127)))
             kept += zip(ts[change].tolist(), regime[change].tolist())
             del kept[REGIME_CHANGES:]
+
+    def _flush(self) -> None:
+        if self._held:
+            rows = pa.concat_tables(self._held).combine_chunks()
+            if self._writer is None:
+                self._writer = pq.ParquetWriter(self.path, rows.schema, compression="zstd")
+            self._writer.write_table(rows)
+            self._held.clear()
 
     def _sample(self, latency: NDArray[np.int64]) -> None:
         """Reservoir of a fixed size (Vitter 1985, algorithm R), drawn from its own seeded stream."""
@@ -190,6 +199,7 @@ class PredictionWriter:
         self._learn(self._labeller.finish())
         while self._waiting:
             self._write(self._waiting.popleft())
+        self._flush()
         if self._writer is None:
             pq.write_table(pa.table({"ts": pa.array([], _NS), "instrument": pa.array([], pa.string())}), self.path)
         else:

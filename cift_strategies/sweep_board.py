@@ -51,7 +51,7 @@ class Board:
         if self._live is not None:
             self._live.update(self._table())
             return
-        values = ", ".join(f"{k} = {t.point[k]}" for k in self._names)
+        values = ", ".join(f"{k} = {short(t.point[k])}" for k in self._names)
         came = f"refused: {t.error}" if t.error else f"{self._objective} {short(t.score)}" + (" (kept from before)" if t.before else "")
         print(f"{len(self._told)} of {self._total}: run {t.number}, {values}: {came}", file=sys.stderr, flush=True)
 
@@ -63,13 +63,13 @@ class Board:
         state += f", {refused} refused" if refused else ""
         table = Table(title=f"{state}; {self._stage}" if self._stage else state, title_justify="left")
         for name in ("run", *self._names, self._objective, "fills", "net"):
-            table.add_column(name, justify="right")
+            table.add_column(name.replace(".", " ").replace("_", " "), justify="right")  # in several lines where the terminal is narrow
         scored = sorted((t for t in self._told if t.score is not None), key=lambda t: self._sign * (t.score or 0.0))
         for t in scored[:SHOWN]:
             assert t.result is not None
             s = t.result["summary"]
             table.add_row(
-                str(t.number), *(str(t.point[k]) for k in self._names), short(t.score), f"{s['fills']:,}", short(s["pnl_net"])
+                str(t.number), *(short(t.point[k]) for k in self._names), short(t.score), f"{s['fills']:,}", short(s["pnl_net"])
             )  # fmt: skip
         return table
 

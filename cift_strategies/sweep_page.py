@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from cift_strategies.overfitting import Overfitting
 from cift_strategies.sweep import Trial
 from cift_strategies.sweep_board import short
+from cift_strategies.sweep_result import METHODS
 
 INK: Final = "#7a828c"  # reads on light and on dark
 BEST: Final = "#2a7de1"
@@ -30,8 +31,14 @@ p{margin:6px 0;max-width:110ch}.note{color:var(--muted);font-size:13.5px}.scroll
 table{border-collapse:collapse;font-size:13.5px;width:100%}
 th,td{padding:5px 12px 5px 0;text-align:right;border-bottom:1px solid var(--line)}
 th{color:var(--muted);font-weight:500}th:first-child,td:first-child{text-align:left}tr.best td{font-weight:650}
+.wide{min-width:720px}.parcoords text{text-shadow:none!important}a{color:#2a7de1}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:8px 26px}.two>*{min-width:0}
 """
+
+_FIT: Final = """
+const fit = () => document.querySelectorAll(".js-plotly-plot").forEach(d => Plotly.Plots.resize(d));
+new ResizeObserver(fit).observe(document.querySelector("main")); addEventListener("beforeprint", fit);
+"""  # charts are drawn before what stands beside them is there
 
 
 def render(
@@ -42,18 +49,22 @@ def render(
 
     rows = [r for r in result["table"] if r.get("figures")]
     parts = [f"<section>{''.join(f'<p>{escape(line)}</p>' for line in result['told'])}</section>"]
-    parts.append(_section("All runs", _draw(_parallel(result, rows)), "Drag along an axis to choose a part of it."))
-    parts.append(_section("Best and median run", _side_by_side(rows, best, median, matrix, numbers)))
+    drawn = _draw(_parallel(result, rows), margin={"l": 60, "r": 60, "t": 60, "b": 40})
+    note = "One line a run, in the colour of its objective. Drag along an axis to choose a part of it."
+    parts.append(_section("All runs", f'<div class="scroll"><div class="wide">{drawn}</div></div>', note))
+    links = ", ".join(f'<a href="{name}/report.html">{name} run</a>' for name in result["reports"])
+    more = f"<p>The whole report of each: {links}.</p>" if links else ""
+    parts.append(_section("Best and median run", more + _side_by_side(rows, best, median, matrix, numbers)))
     parts.append(_section("Chosen in one half of the time, judged in the other", _overfitting(over)))
     if result["validation"] is not None:
-        parts.append(_section(f"Validation: {result['validation']['method']}", _folds(result["validation"])))
+        parts.append(_section(f"Validation: {METHODS[result['validation']['method']]}", _folds(result["validation"])))
     parts.append(_section("Table", _table(result, rows)))
     title = escape(f"Sweep: {len(rows)} runs over {', '.join(result['parameters'])}")
     script = str(get_plotlyjs()).replace("</script", "<\\/script")
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<title>{title}</title><link rel="icon" href="data:,"><style>{_LOOK}</style><script>{script}</script></head>'
-        f"<body><main><h1>{title}</h1>{''.join(parts)}</main></body></html>\n"
+        f"<body><main><h1>{title}</h1>{''.join(parts)}</main><script>{_FIT}</script></body></html>\n"
     )
 
 
@@ -61,12 +72,13 @@ def _section(title: str, body: str, note: str = "") -> str:
     return f"<section><h2>{escape(title)}</h2>{f'<p class=note>{escape(note)}</p>' if note else ''}{body}</section>"
 
 
-def _draw(figure: Any) -> str:
-    clear, margin = "rgba(0,0,0,0)", {"l": 60, "r": 60, "t": 60, "b": 40}
-    figure.update_layout(paper_bgcolor=clear, plot_bgcolor=clear, font={"color": INK, "size": 12}, margin=margin)
-    figure.update_xaxes(gridcolor="rgba(128,128,128,.2)", zerolinecolor="rgba(128,128,128,.4)")
-    figure.update_yaxes(gridcolor="rgba(128,128,128,.2)", zerolinecolor="rgba(128,128,128,.4)")
-    return str(figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True}))
+def _draw(figure: Any, **more: Any) -> str:
+    clear, margin = "rgba(0,0,0,0)", {"l": 10, "r": 20, "t": 30, "b": 40}
+    look = {"paper_bgcolor": clear, "plot_bgcolor": clear, "font": {"color": INK, "size": 12}, "margin": margin}
+    figure.update_layout(look | more, legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"})
+    figure.update_xaxes(gridcolor="rgba(128,128,128,.2)", zerolinecolor="rgba(128,128,128,.4)", automargin=True)
+    figure.update_yaxes(gridcolor="rgba(128,128,128,.2)", zerolinecolor="rgba(128,128,128,.4)", automargin=True)
+    return str(figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True}))
 
 
 def _parallel(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Any:
@@ -74,7 +86,8 @@ def _parallel(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> A
 
     objective = str(result["objective"])
     columns: list[tuple[str, list[Any]]] = [(k, [r["parameters"][k] for r in rows]) for k in result["parameters"]]
-    columns += [(k, [r["figures"].get(k) for r in rows]) for k in dict.fromkeys(("fills", "return", objective))]
+    figures = dict.fromkeys(("fills", "return", objective))
+    columns += [("return, %" if k == "return" else k, [_shown(k, r["figures"].get(k)) for r in rows]) for k in figures]
     dimensions = []
     for name, values in columns:
         label = name.rpartition(".")[2].replace("_", " ")
@@ -88,8 +101,12 @@ def _parallel(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> A
                 "label": label, "values": [kinds.index(w) for w in words], "tickvals": list(range(len(kinds))), "ticktext": kinds,
             })  # fmt: skip
     score = [np.nan if r["score"] is None else r["score"] for r in rows]
-    line = {"color": score, "colorscale": "Cividis", "showscale": True, "colorbar": {"title": objective}}
+    line = {"color": score, "colorscale": [[0, MEDIAN], [0.5, "#8a9099"], [1, BEST]], "showscale": True, "colorbar": {"title": objective}}
     return go.Figure(go.Parcoords(line=line, dimensions=dimensions), layout={"height": 440})
+
+
+def _shown(name: str, value: Any) -> Any:
+    return 100 * value if name == "return" and value is not None else value
 
 
 def _side_by_side(
@@ -123,9 +140,11 @@ def _overfitting(over: Overfitting | None) -> str:
     shown = slice(None, None, max(1, len(over.logit) // 3000))
     scatter = go.Figure(layout={"height": 340, "xaxis": {"title": "Sharpe, chosen half"}, "yaxis": {"title": "Sharpe, other half"}})
     scatter.add_scatter(x=over.inside[shown], y=over.outside[shown], mode="markers", marker={"color": BEST, "size": 4, "opacity": 0.35})
-    logit = go.Figure(layout={"height": 340, "xaxis": {"title": "logit of the best run's rank in the other half; 0: the median"}})
+    logit = go.Figure(layout={"height": 340, "xaxis": {"title": "logit of its rank there (0: the median)"}})
     logit.add_histogram(x=over.logit, marker={"color": MEDIAN})
-    return f'<div class="two"><div>{_draw(scatter)}</div><div>{_draw(logit)}</div></div>'
+    said = "Each dot is one way of cutting the time in two: the run that is best in one half, and what it is worth in the other. "
+    said += f"Left of zero on the right, its rank there is below the median: {over.pbo:.0%} of the ways."
+    return f'<p class="note">{said}</p><div class="two"><div>{_draw(scatter)}</div><div>{_draw(logit)}</div></div>'
 
 
 def _folds(v: Mapping[str, Any]) -> str:
@@ -142,7 +161,7 @@ def _table(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     shown = ("sharpe", "return", "fills", "fees", "pnl_net", "max_drawdown", "hit_rate")
     names = dict.fromkeys(k for k in (*shown, result["objective"]) if any(k in r["figures"] for r in rows))
     lines = [
-        (str(r["run"]), *(str(r["parameters"][k]) for k in result["parameters"]), *(short(r["figures"].get(k)) for k in names))
+        (str(r["run"]), *(short(r["parameters"][k]) for k in result["parameters"]), *(short(r["figures"].get(k)) for k in names))
         for r in ranked[:ROWS]
     ]  # fmt: skip
     note = f'<p class="note">The {ROWS} best of {len(rows)}; all are in sweep.parquet.</p>' if len(rows) > ROWS else ""

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,9 @@ from cift_strategies.sweep_board import short
 from cift_strategies.sweep_file import Asked, SweepConfig, Validation
 
 type F64 = NDArray[np.float64]
+
+METHODS: Final = {"walk-forward": "walk-forward", "cpcv": "combinatorial purged cross-validation"}
+_CHOSEN: Final = {"walk-forward": "all earlier groups", "cpcv": "the other groups"}
 
 
 def figures(t: Trial, s: SweepConfig) -> dict[str, Any]:
@@ -66,6 +69,7 @@ def conclude(asked: Asked, trials: Sequence[Trial], out: Path) -> dict[str, Any]
             "ratio": dsr.ratio, "expected": dsr.expected_best, "probability": dsr.deflated, "trials": dsr.trials,
             "variance": float(np.var(ratios)),
         },
+        "reports": ["best", "median"][: len({best.number, median.number})] if s.reports else [],
         "validation": judged,
         "holdout": _held_out(best, s) if s.holdout else None,
         "table": [_row(t, s) for t in trials],
@@ -78,10 +82,11 @@ def conclude(asked: Asked, trials: Sequence[Trial], out: Path) -> dict[str, Any]
 
     _text(out / "sweep.html", render(result, best, median, matrix, [t.number for t in unique], over))
     write_json(out / NOTE, result)
-    if s.reports:
-        _report(best, out / "best", ever, [float(t.result["ratio"]) for t in unique if t.result])
-        if median is not best:
-            _report(median, out / "median", 1, ())
+    for name in result["reports"]:
+        if name == "best":
+            _report(best, out / name, ever, [float(t.result["ratio"]) for t in unique if t.result])
+        else:
+            _report(median, out / name, 1, ())
     return result
 
 
@@ -97,8 +102,8 @@ def _report(t: Trial, place: Path, trials: int, ratios: Sequence[float]) -> None
         if (told["digest"], told.get("trials", 1), told.get("trial_ratios", [])) == (digest, trials, list(ratios)):
             return
     print(f"report of run {t.number}: {place / 'report.html'}", file=sys.stderr, flush=True)
-    config = t.job.config.model_copy(update={"out": place, "artifacts": t.job.config.artifacts or artifact_of(t.job)})
-    if (made := run(config, trials=trials, ratios=ratios).digest) != digest:
+    config = t.job.config.model_copy(update={"out": place})
+    if (made := run(config, trials=trials, ratios=ratios, trained=artifact_of(t.job)).digest) != digest:
         raise AssertionError(f"run {t.number} made again gives other orders: digest {made}, not {digest}")
 
 
@@ -182,7 +187,7 @@ def _of(chosen: tuple[int, Fold]) -> tuple[int, NDArray[np.int64]]:
 
 def _told(r: Mapping[str, Any], best: Trial, median: Trial, objective: str) -> list[str]:
     def of(t: Trial) -> str:
-        return f"{objective} {short(t.score)} with " + ", ".join(f"{k} = {v}" for k, v in t.point.items())
+        return f"{objective} {short(t.score)} with " + ", ".join(f"{k} = {short(v)}" for k, v in t.point.items())
 
     failed = f", {r['failed']} of {r['runs']} refused" if r["failed"] else ""
     lines = [f"{r['distinct']} distinct runs{failed}. Best: run {best.number}, {of(best)}. Median: run {median.number}, {of(median)}."]
@@ -203,7 +208,8 @@ def _told(r: Mapping[str, Any], best: Trial, median: Trial, objective: str) -> l
     if (v := r["validation"]) is not None:
         what = "path" if v["method"] == "walk-forward" else f"mean of {len(v['paths'])} paths"
         lines.append(
-            f"{v['method']}: chosen on the other groups, {objective} {short(v['mean'])} ({what}), worst {short(v['worst'])}; "
+            f"{METHODS[v['method']].capitalize()}: chosen on {_CHOSEN[v['method']]}, {objective} {short(v['mean'])} ({what}), worst "
+            f"{short(v['worst'])}; "
             f"{v['runs_chosen']} different runs were chosen in {len(v['folds'])} folds."
         )
     if (h := r["holdout"]) is not None:

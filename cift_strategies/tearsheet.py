@@ -10,6 +10,8 @@ from cift_strategies.charts import Figure
 from cift_strategies.finished import Finished, instant
 
 SHORT_DAYS = 3  # up to here the equity curve is drawn as it is, beyond from daily closes
+LINE = 30  # pixels of a statistic, some in two lines where the page is narrow
+CHART = 450
 LONG_DAYS = 60  # from here on monthly and yearly returns and the rolling Sharpe ratio mean something
 
 
@@ -34,13 +36,16 @@ def tearsheet(done: Finished, theme: str = "nautilus") -> Figure:
         grid += [panels.TearsheetMonthlyReturnsChart(), panels.TearsheetDistributionChart()]
         grid += [panels.TearsheetRollingSharpeChart(), panels.TearsheetYearlyReturnsChart()]
     rows = len(grid) // 2
-    heights = [0.55, *[0.45 / (rows - 1)] * (rows - 1)]
+    stats = [_known(told[k]) for k in ("stats_pnls", "stats_returns", "stats_general")]
+    first = LINE * (4 + sum(len(v) if isinstance(v, Mapping) else 1 for s in stats for v in s.values()))  # or the table is cut
+    height = first + CHART * (rows - 1)
+    heights = [first / height, *[CHART / height] * (rows - 1)]
     info = {k.replace("_", " "): f"{v:,}" for k, v in told["counts"].items() if v is not None}
     info |= {k.replace("_", " "): instant(v) for k, v in told["times"].items() if v is not None}
     html = create_tearsheet_from_stats(
-        stats_pnls=_known(told["stats_pnls"]),
-        stats_returns=_known(told["stats_returns"]),
-        stats_general=_known(told["stats_general"]),
+        stats_pnls=stats[0],
+        stats_returns=stats[1],
+        stats_general=stats[2],
         returns=money.pct_change().dropna(),
         run_info=info,
         account_info={k.removeprefix("account."): v for k, v in told["account"].items()},
@@ -48,7 +53,7 @@ def tearsheet(done: Finished, theme: str = "nautilus") -> Figure:
         config=TearsheetConfig(
             charts=grid,
             theme=theme,
-            height=560 + 420 * (rows - 1),
+            height=height + 70,
             layout=GridLayout(rows=rows, cols=2, heights=heights, vertical_spacing=0.08),
         ),
         output_path=None,

@@ -20,6 +20,7 @@ from typing import Any, Final, Protocol
 from catalog.errors import InputError
 
 ATTEMPTS: Final = 3  # of a job that ends its process
+LIFE: Final = 400  # jobs of a process, after which it is begun afresh: the engine keeps some 0.1 MB of each run
 ANSWER_S: Final = 5.0  # within which a cluster's port has to answer
 ONE_THREAD: Final = {
     name: "1" for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
@@ -74,6 +75,7 @@ class Processes:
         self._n, self._context = n, get_context("spawn")
         self._free: list[tuple[Any, Any]] = []  # process, pipe
         self._busy: dict[Any, tuple[Any, Any]] = {}  # pipe -> process, job
+        self._done: dict[Any, int] = {}  # pipe -> jobs of its process
 
     def _start(self) -> tuple[Any, Any]:
         ours, theirs = self._context.Pipe()
@@ -119,7 +121,12 @@ class Processes:
                         continue
                     yield job, None, f"its process ended with exit code {process.exitcode}, {ATTEMPTS} times; out of memory?"
                     continue
-                self._free.append((process, pipe))
+                self._done[end] = self._done.get(end, 0) + 1
+                if self._done[end] < LIFE:
+                    self._free.append((process, pipe))
+                else:
+                    process.kill()
+                    process.join()
                 yield job, *wrong
 
     def close(self) -> None:
@@ -142,26 +149,30 @@ class Ray:
     def __init__(self, address: str) -> None:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is told to anybody
         os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # workers run in this environment: a copy under `uv run` would find none
-        if address.partition(":")[0] in ("127.0.0.1", "localhost"):  # Ray would look for it at this machine's address in the network
+        named = os.environ.pop("RAY_ADDRESS", "")  # Ray would take it before ours
+        at = named if named and address == "auto" else address
+        if at.partition(":")[0] in ("127.0.0.1", "localhost"):  # Ray would look for it at this machine's address in the network
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         try:
             import ray
         except ImportError:
             raise InputError("--ray needs Ray: install it with `python -m uv sync --extra ray`") from None
         self._ray = ray
-        _answers(address)
         root = str(Path(__file__).resolve().parents[1])
         paths = list(dict.fromkeys([root, os.getcwd(), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
         told = {**ONE_THREAD, "PYTHONPATH": os.pathsep.join(paths), "RAY_USAGE_STATS_ENABLED": "0"}
         if not ray.is_initialized():
             try:
-                ray.init(address=address, runtime_env={"env_vars": told}, log_to_driver=False, logging_level=logging.ERROR)
-            except (ConnectionError, RuntimeError, ValueError, TimeoutError) as e:
-                raise _absent(address, (str(e).splitlines() or [type(e).__name__])[0].partition(". ")[0].rstrip(".")) from None
+                _reach(at)
+                ray.init(address=at, runtime_env={"env_vars": told}, log_to_driver=False, logging_level=logging.ERROR)
+            except (RuntimeError, ValueError, OSError, OverflowError) as e:
+                why = (str(e).splitlines() or [type(e).__name__])[0].partition(". ")[0].rstrip(".")
+                where = "give HOST:PORT of one, or start it with `ray start --head`"
+                raise InputError(f"--ray {address}: no Ray cluster answers ({why}): {where}") from None
 
     def run(self, work: Callable[[Any], object], jobs: Iterable[Any]) -> Iterator[Done]:
         ray = self._ray
-        task = ray.remote(num_cpus=1, max_retries=20)(attempt)
+        task = ray.remote(num_cpus=1, max_retries=20, max_calls=LIFE)(attempt)
         pending = {task.remote(work, job): job for job in jobs}
         while pending:
             ready, _ = ray.wait(list(pending), num_returns=1, timeout=1.0)
@@ -176,16 +187,8 @@ class Ray:
         self._ray.shutdown()
 
 
-def _answers(address: str) -> None:
-    """Raises InputError where nobody listens at HOST:PORT: Ray itself would wait for minutes."""
+def _reach(address: str) -> None:
+    """Raises OSError where nobody listens at HOST:PORT: Ray itself would wait for minutes, and then end the process."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
-    if not host or not port.isdecimal():
-        return  # "auto", or what Ray refuses at once
-    try:
+    if host and port.isdecimal():  # else "auto", or what Ray refuses at once
         socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
-    except (OSError, OverflowError) as e:
-        raise _absent(address, str(e)) from None
-
-
-def _absent(address: str, why: str) -> InputError:
-    return InputError(f"--ray {address}: no Ray cluster answers ({why}): give HOST:PORT of one, or start it with `ray start --head`")

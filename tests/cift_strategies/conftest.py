@@ -40,6 +40,17 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     return Small(catalog, out, run(RunConfig(catalog=catalog, out=out, train_fraction=0.5, strategy=EAGER)))
 
 
+@pytest.fixture(scope="session")
+def predicted(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder `shared` of sweeps that trade with `small`'s models: what is predicted is recorded once for all tests."""
+    from cift_strategies.backtest import RunConfig
+    from cift_strategies.sweep import _Keys, prepare
+
+    folder = tmp_path_factory.mktemp("predicted")
+    prepare(_Keys(folder, True).job(RunConfig(catalog=small.catalog, artifacts=small.artifact)))
+    return folder / "shared"
+
+
 AT_PACE = {  # real processes that play a market at its pace: a busy machine can be late for it
     "test_dashboard", "test_databento_feed", "test_feed_fusion", "test_gateway", "test_gateway_faults", "test_live", "test_pipeline",
     "test_polygon_feed", "test_polygon_feed_faults", "test_recovery", "test_server", "test_serving", "test_show", "test_venue_live",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +20,11 @@ from conftest import EAGER, Small
 from catalog.errors import InputError
 from cift_strategies.backtest import RunConfig
 from cift_strategies.overfitting import sharpe
+from cift_strategies.settings import configured
 from cift_strategies.sweep import Job, Trial, sweep
 from cift_strategies.sweep_file import Asked, proposals, read
 from cift_strategies.sweep_result import conclude, figures
+from cift_strategies.workers import Processes
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = 'parameters.seed = [1, 2]\n[base]\ncatalog = "c"\n'
@@ -172,19 +176,28 @@ def environment(**more: str) -> dict[str, str]:
 
 def of_small(small: Small, tmp_path: Path, head: str, parameters: str, strategy: str = EAGER) -> Path:
     base = f'[base]\ncatalog = "{small.catalog}"\nartifacts = "{small.artifact}"\nstrategy = "{strategy}"\n'
-    return written(tmp_path, f"{head}\n{base}[parameters]\n{parameters}\n")
+    return written(tmp_path, f"reports = false\n{head}\n{base}[parameters]\n{parameters}\n")
+
+
+def begun(out: Path, predicted: Path) -> Path:
+    """The folder of a sweep that has its predictions and no run yet."""
+    (out / "runs").mkdir(parents=True)
+    shutil.copytree(predicted, out / "shared", copy_function=os.link)
+    return out
 
 
 def runs(out: Path) -> dict[str, bytes]:
     return {p.parent.name: p.read_bytes() for p in (out / "runs").glob("*/run.json")}
 
 
-def test_a_sweep_that_is_interrupted_and_killed_goes_on_where_it_stopped(small: Small, tmp_path: Path) -> None:
+def test_a_sweep_that_is_interrupted_and_killed_goes_on_where_it_stopped(
+    small: Small, predicted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = of_small(
         small, tmp_path, 'workers = 2\nvalidation = {method = "cpcv", groups = 4, embargo_s = 1}',
         'settings.min_edge_ticks = [0.1, 1.0, 3.0, 6.0]\nsettings.entry = ["cross", "join"]',
     )  # fmt: skip
-    out, kept = tmp_path / "out", dict[str, bytes]()
+    out, kept = begun(tmp_path / "out", predicted), dict[str, bytes]()
     for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
         process = subprocess.Popen(command("--sweep", path, "--out", out), stderr=subprocess.PIPE, env=environment(), text=True)
         assert process.stderr is not None
@@ -198,11 +211,11 @@ def test_a_sweep_that_is_interrupted_and_killed_goes_on_where_it_stopped(small: 
         kept = now
         if number == signal.SIGINT:
             assert "kept" in "".join(told) and "goes on from there" in "".join(told) and "Traceback" not in "".join(told)
-    done = subprocess.run(command("--sweep", path, "--out", out, "--json"), capture_output=True, env=environment(), text=True, check=True)
+    capsys.readouterr()
+    found = sweep(path, {"out": out})
     assert kept.items() < runs(out).items() and len(runs(out)) == 8
-    assert done.stderr.count("kept from before") == len(kept)
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found == json.loads((out / "sweep.json").read_text())
+    assert capsys.readouterr().err.count("kept from before") == len(kept)
+    assert json.loads(json.dumps(found)) == json.loads((out / "sweep.json").read_text())
     assert not [p for p in (out / "runs").iterdir() if p.name.startswith(".") and p.name.endswith(f".{process.pid}.part")]
 
     table = found["table"]
@@ -222,10 +235,12 @@ def test_a_sweep_that_is_interrupted_and_killed_goes_on_where_it_stopped(small: 
     assert len(v["folds"]) == 6 and len(v["paths"]) == 3 and all(f["purged"] >= 0 for f in v["folds"])
     page = (out / "sweep.html").read_text()
     assert "parcoords" in page and all(line.split(".")[0] in page for line in found["told"]) and "src=" not in page.split("<body>")[1]
-    best = subprocess.run(
-        command("--config", out / "best.toml", "--out", tmp_path / "best", "--json"), capture_output=True, env=environment(), text=True
-    )
-    assert json.loads(best.stdout.splitlines()[-1])["digest"] == ranked[0]["digest"], best.stderr
+    best = configured(RunConfig, out / "best.toml", {})
+    assert best.model_dump(mode="json", by_alias=True) == kept_of(out, ranked[0]["key"])["config"]
+
+
+def kept_of(out: Path, key: str) -> dict[str, Any]:
+    return json.loads((out / "runs" / key / "run.json").read_text())
 
 
 def test_a_worker_that_dies_loses_nothing_and_a_file_that_is_refused_runs_nothing(
@@ -233,10 +248,10 @@ def test_a_worker_that_dies_loses_nothing_and_a_file_that_is_refused_runs_nothin
 ) -> None:
     monkeypatch.setenv("GRAVES", str(tmp_path))
     (tmp_path / "worker").mkdir()
-    path = of_small(small, tmp_path, "workers = 1\nfast = false", "settings.min_edge_ticks = [0.1, 2.0]", "own_strategies:Mortal")
+    path = of_small(small, tmp_path, "workers = 1\nfast = false", "settings.min_edge_ticks = [0.1]", "own_strategies:Mortal")
     found = sweep(path, {"out": tmp_path / "out"})
     assert not (tmp_path / "worker").exists()  # it was filled
-    assert found["table"][0]["digest"] == small.result.digest and len(runs(tmp_path / "out")) == 2 and not found["failed"]
+    assert found["table"][0]["digest"] == small.result.digest and len(runs(tmp_path / "out")) == 1 and not found["failed"]
     wrong = of_small(small, tmp_path, 'objective = "sharp"\nfast = false', "settings.min_edge_ticks = [0.1]", "own_strategies:Mortal")
     with pytest.raises(InputError, match="choose among"):
         sweep(wrong, {"out": tmp_path / "out"})
@@ -244,16 +259,44 @@ def test_a_worker_that_dies_loses_nothing_and_a_file_that_is_refused_runs_nothin
         sweep(path, {"out": small.out})
 
 
-def test_models_are_trained_once_for_all_runs_that_share_them_and_what_cannot_be_run_is_told(small: Small, tmp_path: Path) -> None:
+def test_models_are_trained_once_for_all_runs_and_the_best_and_the_median_one_are_reported(small: Small, tmp_path: Path) -> None:
+    """Two of the four cannot be run; the report of the best one knows that it was chosen from two."""
     text = (
-        f'workers = 1\n[base]\ncatalog = "{small.catalog}"\nstrategy = "{EAGER}"\ntrain = ["hmm"]\n'
+        f'workers = 1\n[base]\ncatalog = "{small.catalog}"\nstrategy = "{EAGER}"\ntrain = ["hmm"]\nrule = false\n'
         "[parameters]\ntrain_fraction = [0.5, 0.9999999]\nlatency_ms = [0.0, 5.0]\n"
     )
-    found = sweep(written(tmp_path, text), {"out": tmp_path / "out"})
+    path, out = written(tmp_path, text), tmp_path / "out"
+    found = sweep(path, {"out": out})
     errors = [r["error"] for r in found["table"] if r["error"]]
     assert len(errors) == found["failed"] == 2 and all("nothing is left to trade" in e for e in errors)
-    assert len([p for p in (tmp_path / "out" / "shared").iterdir() if p.name.endswith("-artifact")]) == 1
+    assert len([p for p in (out / "shared").iterdir() if p.name.endswith("-artifact")]) == 1
     assert len({r["digest"] for r in found["table"] if not r["error"]}) == 2
+
+    by, ratios = {r["run"]: r for r in found["table"]}, []
+    for name, trials in (("best", 2), ("median", 1)):
+        told = json.loads((out / name / "summary.json").read_text())
+        of = by[found[name]]
+        assert (told["digest"], told.get("trials", 1)) == (of["digest"], trials)
+        assert f"{name}/report.html" in (out / "sweep.html").read_text()
+        ratio = json.loads((out / name / "statistics.json").read_text())["sharpe"][0]
+        assert ratio["trials"] == trials and (ratio["deflated"] < ratio["probabilistic"]) == (trials > 1)
+        ratios.append(kept_of(out, of["key"])["ratio"])
+        assert ratios[-1] == pytest.approx(ratio["ratio"], abs=0.02)  # but for where the first step begins
+    assert sorted(json.loads((out / "best" / "summary.json").read_text())["trial_ratios"]) == sorted(ratios)
+    before = {name: (out / name / "report.html").stat() for name in ("best", "median")}
+    assert sweep(path, {"out": out}) == found
+    assert all((out / name / "report.html").stat() == s for name, s in before.items())  # made once
+
+
+def test_a_process_is_begun_afresh_after_its_life_of_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cift_strategies.workers.LIFE", 2)
+    workers = Processes(1)
+    try:
+        seen = [(job, "ValueError" in (fault or ""), workers.pids) for job, _, fault in workers.run(math.sqrt, [1, 4, -1, 9, 16])]
+    finally:
+        workers.close()
+    assert [(job, fault) for job, fault, _ in seen] == [(1, False), (4, False), (-1, True), (9, False), (16, False)]
+    assert [len(pids) for *_, pids in seen] == [1, 0, 1, 0, 1] and len({p for *_, pids in seen for p in pids}) == 3
 
 
 def test_on_the_command_line_what_is_wrong_is_one_line_with_code_2(tmp_path: Path) -> None:
@@ -263,13 +306,16 @@ def test_on_the_command_line_what_is_wrong_is_one_line_with_code_2(tmp_path: Pat
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and list(tmp_path.iterdir()) == [path], done.stderr
 
 
-def test_a_period_sharpe_is_that_of_its_positions(small: Small, tmp_path: Path) -> None:
-    found = sweep(of_small(small, tmp_path, "workers = 1\nperiods = 40\nblocks = 4", "seed = [7]"), {"out": tmp_path / "out"})
+def test_a_period_sharpe_is_that_of_its_positions(small: Small, predicted: Path, tmp_path: Path) -> None:
+    out = begun(tmp_path / "out", predicted)
+    found = sweep(of_small(small, tmp_path, "workers = 1\nperiods = 40\nblocks = 4", "seed = [7]"), {"out": out})
     (row,) = found["table"]
     p = pq.read_table(small.out / "positions.parquet").to_pydict()
-    start, end = found["start"], found["end"]
+    ((start, end),) = found["hours"]  # one session: the night before it counts nothing
+    assert end - start < 7_000 * 10**9 and min(p["opened"]).value >= start
     r = np.zeros(40)
     for opened, net in zip(p["opened"], p["net"]):
         r[(opened.value - start) * 40 // (end + 1 - start)] += net / 1e6
+    assert row["figures"]["return"] == pytest.approx(sum(p["net"]) / 1e6)
     assert row["figures"]["sharpe"] == pytest.approx(float(sharpe(r[:, None])[0])) and row["digest"] == small.result.digest
     assert found["pbo"] is None and found["deflated_sharpe"]["expected"] == 0.0

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Small
-from test_sweep import of_small, runs
+from test_sweep import begun, of_small, runs
 
+from catalog.errors import InputError
 from cift_strategies.sweep import sweep
+from cift_strategies.workers import Ray
 
 HERE = Path(__file__).parent
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # before Ray is imported: a node of 127.0.0.1 is looked for there
@@ -39,13 +42,29 @@ def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     made.shutdown()
 
 
-def test_a_killed_worker_and_a_killed_node_lose_and_double_nothing(cluster: Any, small: Small, tmp_path: Path) -> None:
+def test_a_killed_worker_and_a_killed_node_lose_and_double_nothing(
+    cluster: Any, small: Small, predicted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "worker").mkdir()
     (tmp_path / "node").mkdir()
-    path = of_small(small, tmp_path, "", "settings.min_edge_ticks = [0.1, 1.0, 2.0, 4.0]", "own_strategies:Mortal")
-    found = sweep(path, {"out": tmp_path / "out"}, ray=cluster.address)
+    path, out = of_small(small, tmp_path, "", "settings.min_edge_ticks = [0.1, 1.0, 2.0]", "own_strategies:Mortal"), tmp_path / "out"
+    found = sweep(path, {"out": begun(out, predicted)}, ray=cluster.address)
     assert not (tmp_path / "worker").exists() and not (tmp_path / "node").exists()  # both were filled
-    assert len(runs(tmp_path / "out")) == len({r["key"] for r in found["table"]}) == len(found["table"]) == 4 and not found["failed"]
+    assert len(runs(out)) == len({r["key"] for r in found["table"]}) == len(found["table"]) == 3 and not found["failed"]
     assert found["table"][0]["digest"] == small.result.digest
-    kept = runs(tmp_path / "out")
-    assert sweep(path, {"out": tmp_path / "out"})["table"] == found["table"] and runs(tmp_path / "out") == kept
+    kept = runs(out)
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)  # what auto means on a machine with several clusters
+    assert sweep(path, {"out": out}, ray="auto")["table"] == found["table"] and runs(out) == kept
+
+
+@pytest.mark.parametrize("address", ["HOST:1", "auto", "localhost:x", "nobody"])
+def test_one_line_says_that_no_cluster_answers(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` where the environment names a cluster that is gone; HOST:PORT where another one runs, whose name stands there too."""
+    pytest.importorskip("ray")
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        port = gone.getsockname()[1]
+    asked = address.replace("HOST:1", f"127.0.0.1:{port}")
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}" if address == "auto" else "127.0.0.1:6379")
+    with pytest.raises(InputError, match="no Ray cluster answers") as caught:
+        Ray(asked)
+    assert asked in str(caught.value) and "\n" not in str(caught.value)
