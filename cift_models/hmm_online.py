@@ -1,7 +1,7 @@
 """Regimes that go on learning: online EM for a Gaussian hidden Markov model (Cappé 2011, "Online EM Algorithm for Hidden Markov Models").
 
-Takes a fitted :class:`hmm.Chain` and one second's scaled measures after the other; gives the causal filter and a chain that follows the
-market. Each step moves the expected sufficient statistics by a step size, and the parameters to where these put them: no pass over the
+Takes a fitted :class:`hmm_chain.Chain` and one second's scaled measures after the other; gives the causal filter and a chain that follows
+the market. Each step moves the expected sufficient statistics by a step size, and the parameters to where these put them: no pass over the
 past, no second look. States keep their index, hence their name, while what they emit drifts.
 """
 
@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 from numba import njit
 
-from cift_models.hmm import CLIP, Chain, step
+from cift_models.hmm_chain import CLIP, Chain, step
 from cift_models.labels import F64
 
 FLOOR = 1e-6  # least probability of a move

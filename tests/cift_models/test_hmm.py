@@ -12,23 +12,8 @@ from hypothesis import strategies as st
 
 from catalog.errors import InputError
 from catalog.events import EVENT, SCALE, Instrument
-from cift_models.hmm import (
-    CLIP,
-    LONGEST_SILENCE,
-    REGIMES,
-    Chain,
-    Config,
-    D,
-    Hmm,
-    K,
-    Measures,
-    filter_all,
-    fit_chain,
-    name_states,
-    share,
-    smooth,
-    viterbi,
-)  # fmt: skip
+from cift_models.hmm import LONGEST_SILENCE, Hmm, Measures, share
+from cift_models.hmm_chain import CLIP, REGIMES, Chain, Config, D, K, filter_all, fit_chain, name_states, smooth, viterbi
 from cift_models.labels import LABELS, Split, Study, Table, Thresholds
 from cift_models.windows import HORIZONS_NS, Block
 

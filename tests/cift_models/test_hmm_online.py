@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_hmm import INSTRUMENTS, NAMES, PLANTED, chain, market, planted, predictions, sample, study_of
 
-from cift_models.hmm import CLIP, Chain, Config, D, Hmm, K, by_regime, filter_all, fit_chain, name_states, spread_out
+from cift_models.hmm import Hmm
+from cift_models.hmm_chain import CLIP, Chain, Config, D, K, by_regime, filter_all, fit_chain, name_states, spread_out
 from cift_models.hmm_online import OnlineEM
 
 
