@@ -20,12 +20,20 @@ import pytest
 from nodes import GUARD_S, Collector, Served, serving, watch
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.frames import Frame as WebSocketFrame
+from websockets.frames import Opcode
+from websockets.streams import StreamReader
 
 from catalog.events import read_catalog
 from cift_strategies.server import requests as r
 from cift_strategies.server.__main__ import listen
+from cift_strategies.server.app import make_app
 from cift_strategies.server.guard import ADDRESSES, Guard, Rates
+from cift_strategies.server.link import Reader
+from cift_strategies.server.metrics import Metrics
+from cift_strategies.server.mirror import WAITING, Client, Mirror, framed
 from cift_strategies.server.schemas import Frame
+from cift_strategies.server.window import Windows
 
 ROOT = Path(__file__).resolve().parents[2]
 LISTS = {
@@ -96,6 +104,30 @@ def test_the_lists_are_what_the_node_told(served: Served, messages: list[dict[st
     mine = served.http.get("/api/v1/fills", params={"symbol": symbol}).json()["items"]
     assert mine == [x for x in fills if x["symbol"] == symbol]
     assert Frame.model_validate(served.http.get("/api/v1/snapshot").json()).kind == "snapshot"
+
+
+def test_a_list_that_was_asked_for_before_is_told_anew_when_it_has_changed(messages: list[dict[str, Any]]) -> None:
+    mirror = Mirror()
+    app = make_app(mirror, Reader(Path("none"), mirror.take), Windows(), Metrics(mirror))
+
+    async def ask() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://node") as http:
+            for n, message in enumerate(messages[:80]):
+                mirror.take(json.loads(json.dumps(message)))
+                logs = {k: [x for m in messages[: n + 1] for x in m["logs"].get(k, [])] for k in ("fills", "trades", "decisions", "orders")}
+                symbol = message["instruments"][n % 2]["symbol"]
+                newest = {x["id"]: x for x in logs["orders"]}
+                working = {k for k, x in newest.items() if x["open"]}
+                assert (await http.get("/api/v1/fills")).json()["items"] == logs["fills"]
+                trades = (await http.get(f"/api/v1/trades?symbol={symbol}")).json()["items"]
+                assert trades == [x for x in logs["trades"] if x["symbol"] == symbol]
+                assert {x["id"] for x in (await http.get("/api/v1/orders?working=true")).json()["items"]} == working
+                told = (await http.get("/api/v1/decisions")).json()
+                assert told["items"] == logs["decisions"] and told["declined"] == message["node"]["declined"]
+                assert (await http.get(f"/api/v1/positions?symbol={symbol}")).json()["items"] == [message["positions"][n % 2]]
+                assert (await http.get("/api/v1/snapshot")).json()["seq"] == message["seq"] == n + 1
+
+    asyncio.run(ask())
 
 
 def test_an_unknown_instrument_is_a_problem_that_names_the_known_ones(served: Served) -> None:
@@ -382,6 +414,32 @@ def test_a_stream_begins_with_a_snapshot_and_counts_what_follows(messages: list[
 
     with serving(tmp_path, messages) as s:
         asyncio.run(asyncio.wait_for(listen(s), GUARD_S))
+
+
+@pytest.mark.parametrize("length", [0, 125, 126, 65_535, 65_536, 200_000])
+def test_a_message_is_framed_as_the_protocol_wants_it(length: int) -> None:
+    reader = StreamReader()
+    reader.feed_data(framed(b"x" * length))
+    with pytest.raises(StopIteration) as parsed:  # all was there: it never waited
+        next(WebSocketFrame.parse(reader.read_exact, mask=False))
+    assert parsed.value.value == WebSocketFrame(Opcode.TEXT, b"x" * length) and not reader.buffer
+
+
+def test_a_client_is_cut_once_when_too_much_waits_however_long_its_first_message_was() -> None:
+    written: list[bytes] = []
+    cuts: list[None] = []
+    waits = 0
+    client = Client(written.append, lambda: waits, lambda: cuts.append(None))
+    client.put(b"x" * 10 * WAITING)
+    client.number(b'"a":1')
+    client.number(b'"a":2')
+    assert len(written) == 1
+    client.flush()
+    assert written[1:] == [framed(b'{"seq":1,"a":1}') + framed(b'{"seq":2,"a":2}')] and not cuts
+    waits = WAITING + 1
+    for _ in range(3):
+        client.put(b"late")
+    assert len(cuts) == 1 and len(written) == 2
 
 
 def test_frames_come_as_the_node_sent_them(messages: list[dict[str, Any]], tmp_path: Path) -> None:
