@@ -53,7 +53,8 @@ def predicted(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 AT_PACE = {  # real processes that play a market at its pace: a busy machine can be late for it
     "test_dashboard", "test_databento_feed", "test_feed_fusion", "test_gateway", "test_gateway_faults", "test_live", "test_pipeline",
-    "test_polygon_feed", "test_polygon_feed_faults", "test_recovery", "test_server", "test_serving", "test_show", "test_venue_live",
+    "test_polygon_feed", "test_polygon_feed_faults", "test_recovery", "test_server", "test_serving", "test_show", "test_streams",
+    "test_venue_live",
 }  # fmt: skip
 
 

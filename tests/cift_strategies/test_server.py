@@ -19,13 +19,18 @@ import httpx
 import pytest
 from nodes import GUARD_S, Collector, Served, serving, watch
 from websockets.asyncio.client import connect
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.exceptions import InvalidStatus
 
 from catalog.events import read_catalog
 from cift_strategies.server import requests as r
 from cift_strategies.server.__main__ import listen
+from cift_strategies.server.app import make_app
 from cift_strategies.server.guard import ADDRESSES, Guard, Rates
+from cift_strategies.server.link import Reader
+from cift_strategies.server.metrics import Metrics
+from cift_strategies.server.mirror import Mirror
 from cift_strategies.server.schemas import Frame
+from cift_strategies.server.window import Windows
 
 ROOT = Path(__file__).resolve().parents[2]
 LISTS = {
@@ -96,6 +101,30 @@ def test_the_lists_are_what_the_node_told(served: Served, messages: list[dict[st
     mine = served.http.get("/api/v1/fills", params={"symbol": symbol}).json()["items"]
     assert mine == [x for x in fills if x["symbol"] == symbol]
     assert Frame.model_validate(served.http.get("/api/v1/snapshot").json()).kind == "snapshot"
+
+
+def test_a_list_that_was_asked_for_before_is_told_anew_when_it_has_changed(messages: list[dict[str, Any]]) -> None:
+    mirror = Mirror()
+    app = make_app(mirror, Reader(Path("none"), mirror.take), Windows(), Metrics(mirror))
+
+    async def ask() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://node") as http:
+            for n, message in enumerate(messages[:80]):
+                mirror.take(json.loads(json.dumps(message)))
+                logs = {k: [x for m in messages[: n + 1] for x in m["logs"].get(k, [])] for k in ("fills", "trades", "decisions", "orders")}
+                symbol = message["instruments"][n % 2]["symbol"]
+                newest = {x["id"]: x for x in logs["orders"]}
+                working = {k for k, x in newest.items() if x["open"]}
+                assert (await http.get("/api/v1/fills")).json()["items"] == logs["fills"]
+                trades = (await http.get(f"/api/v1/trades?symbol={symbol}")).json()["items"]
+                assert trades == [x for x in logs["trades"] if x["symbol"] == symbol]
+                assert {x["id"] for x in (await http.get("/api/v1/orders?working=true")).json()["items"]} == working
+                told = (await http.get("/api/v1/decisions")).json()
+                assert told["items"] == logs["decisions"] and told["declined"] == message["node"]["declined"]
+                assert (await http.get(f"/api/v1/positions?symbol={symbol}")).json()["items"] == [message["positions"][n % 2]]
+                assert (await http.get("/api/v1/snapshot")).json()["seq"] == message["seq"] == n + 1
+
+    asyncio.run(ask())
 
 
 def test_an_unknown_instrument_is_a_problem_that_names_the_known_ones(served: Served) -> None:
@@ -351,87 +380,6 @@ def test_a_window_that_cannot_be_is_refused(served: Served, body: dict[str, Any]
     answer = served.http.post("/api/v1/predict", json=body)
     assert answer.status_code == status and says in answer.json()["detail"]
     assert answer.headers["content-type"] == "application/problem+json"
-
-
-# --- streams --------------------------------------------------------------------------------------------------------------------------
-
-
-def test_a_stream_begins_with_a_snapshot_and_counts_what_follows(messages: list[dict[str, Any]], tmp_path: Path) -> None:
-    symbol = messages[0]["info"][0]["symbol"]
-
-    async def listen(s: Served) -> None:
-        at = s.url.replace("http", "ws") + "/api/v1/predict/stream"
-        async with connect(at) as everything, connect(f"{at}?symbols={symbol}") as one:
-            first, only = json.loads(await everything.recv()), json.loads(await one.recv())
-            assert first["type"] == only["type"] == "snapshot" and first["seq"] == only["seq"] == 1
-            assert only["symbols"] == [symbol] and len(first["symbols"]) == 2
-            await asyncio.to_thread(s.node.tell, 60)
-            got: dict[Any, list[dict[str, Any]]] = {}
-            for ws in (everything, one):
-                got[ws] = []
-                while not (got[ws] and got[ws][-1].get("prediction", {}).get("ts", 0) >= last(s, symbol)):
-                    got[ws].append(json.loads(await ws.recv()))
-                assert [m["seq"] for m in got[ws]] == list(range(2, len(got[ws]) + 2))
-            assert {m[m["type"]]["symbol"] for m in got[one]} == {symbol}
-            signals = [m["signal"] for m in got[one] if m["type"] == "signal"]
-            told = [x for f in s.node.messages[1:61] for x in f["logs"].get("signals", []) if x["symbol"] == symbol]
-            assert signals == told and signals
-
-    def last(s: Served, symbol: str) -> int:
-        return int(next(x["prediction"]["ts"] for x in s.node.messages[60]["instruments"] if x["symbol"] == symbol))
-
-    with serving(tmp_path, messages) as s:
-        asyncio.run(asyncio.wait_for(listen(s), GUARD_S))
-
-
-def test_frames_come_as_the_node_sent_them(messages: list[dict[str, Any]], tmp_path: Path) -> None:
-    async def listen(s: Served) -> None:
-        async with connect(s.url.replace("http", "ws") + "/api/v1/frames", max_size=None) as ws:
-            whole = json.loads(await ws.recv())
-            assert whole["kind"] == "snapshot" and whole["info"] == messages[0]["info"]
-            await asyncio.to_thread(s.node.tell, 20)
-            frames = [json.loads(await ws.recv()) for _ in range(20)]
-            assert [f["seq"] for f in frames] == list(range(2, 22))
-            assert [f["instruments"] for f in frames] == [m["instruments"] for m in s.node.messages[1:21]]
-
-    with serving(tmp_path, messages) as s:
-        asyncio.run(asyncio.wait_for(listen(s), GUARD_S))
-
-
-def test_an_instrument_that_is_not_there_ends_the_stream(served: Served) -> None:
-    async def listen() -> None:
-        async with connect(served.url.replace("http", "ws") + "/api/v1/predict/stream?symbols=NONE.XNAS") as ws:
-            with pytest.raises(ConnectionClosed, match=r"no instrument NONE\.XNAS"):
-                await ws.recv()
-
-    asyncio.run(listen())
-
-
-def test_who_does_not_read_is_cut_off_and_others_lose_nothing(messages: list[dict[str, Any]], tmp_path: Path) -> None:
-    async def listen(s: Served) -> None:
-        at = s.url.replace("http", "ws") + "/api/v1/frames"
-        async with connect(at, max_size=None) as keen:
-            lazy = socket.create_connection(("127.0.0.1", int(s.url.rsplit(":", 1)[1])))
-            lazy.sendall(
-                f"GET /api/v1/frames HTTP/1.1\r\nHost: {s.url.removeprefix('http://')}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
-            )
-            assert json.loads(await keen.recv())["kind"] == "snapshot"
-            seen = 1
-
-            def cut() -> bool:
-                return "cift_server_stream_clients_cut_total 1.0" in s.http.get("/metrics").text
-
-            while not await asyncio.to_thread(cut):
-                await asyncio.to_thread(s.node.tell, 50)
-                for _ in range(50):
-                    frame = json.loads(await keen.recv())
-                    assert frame["seq"] == seen + 1
-                    seen = frame["seq"]
-            lazy.close()
-
-    with serving(tmp_path, messages) as s:
-        asyncio.run(asyncio.wait_for(listen(s), GUARD_S))
 
 
 # --- when one of them goes away -------------------------------------------------------------------------------------------------------
