@@ -35,7 +35,7 @@ from catalog.whole import STORE as STORE
 from catalog.writer import Writer
 
 Array = NDArray[Any]
-VERSION: Final = 4  # of what this module writes: a catalog of another version is not reused
+VERSION: Final = 5  # of what this module writes: a catalog of another version is not reused
 HELD: Final = 2_000_000  # rows that all writers may hold together
 _LOWEST: Final = -(2**63)
 
