@@ -40,8 +40,9 @@ def serve(models: Models, memory: str, capacity: int, wake: Connection, orders: 
         warm_up(engine, models.instruments)
         if engine.model_version in models.learned:
             unpacked(models.learned[engine.model_version], engine.learned)
+        server = _Server(models, engine, ring, wake, orders, replies)
         replies.send(("ready", (engine.model_version, tuple(engine.members), engine.learned.weights.copy())))
-        _Server(models, engine, ring, wake, orders, replies).run()
+        server.run()
     except InputError as e:
         replies.send(("fault", str(e)))
     except (BrokenPipeError, EOFError):
