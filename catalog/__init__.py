@@ -13,8 +13,8 @@ _ROOT = Path(__file__).resolve().parents[1]
 def _kernel_cache() -> None:
     """Let numba keep compiled kernels in a folder that is named by all their sources.
 
-    By itself it looks at the file of a kernel alone and would go on with old code of what that kernel calls in another file. The folder
-    lies in NUMBA_CACHE_DIR, where that is set, else beside this file.
+    By itself it looks at the file of a kernel alone and would go on with old code of what that kernel calls in another file. The folder is
+    in NUMBA_CACHE_DIR, where that is set, else beside this file.
     """
     told = hashlib.sha256()
     for package in ("catalog", "cift_models", "cift_strategies"):

@@ -89,6 +89,8 @@ class Recorded:
         return np.array([known.get(key, 0) for key in zip(instrument.tolist(), ts.tolist())], np.int64)
 
     def push(self, p: Predictions) -> None:
+        if not len(p.ts):  # all batches of the block were passed over
+            return
         self._mine.append((p.instrument.astype(np.int64), p.ts, votes_digest(p), mix_digest(p)))
 
     def compare(self, instruments: Sequence[Instrument], newest: int) -> Compared:

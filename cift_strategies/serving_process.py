@@ -27,7 +27,6 @@ from cift_strategies.serving import ASLEEP, LOST, TAIL, Answer, Models, Ring
 from cift_strategies.weights import packed, unpacked
 
 MOST: Final = 16_384  # events of a block
-NICE: Final = 5  # less than the node, which has exits to see to
 IDLE_S: Final = 0.05  # longest sleep
 WEIGHTS_EVERY_S: Final = 1.0
 
@@ -35,15 +34,15 @@ WEIGHTS_EVERY_S: Final = 1.0
 def serve(models: Models, memory: str, capacity: int, wake: Connection, orders: Connection, replies: Connection) -> None:
     """The process: load, warm up, serve until "finish" or until the node is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the node ends this process
-    os.nice(NICE)
     ring = Ring(capacity, memory)
     try:
         engine = load(models)
         warm_up(engine, models.instruments)
         if engine.model_version in models.learned:
             unpacked(models.learned[engine.model_version], engine.learned)
+        server = _Server(models, engine, ring, wake, orders, replies)
         replies.send(("ready", (engine.model_version, tuple(engine.members), engine.learned.weights.copy())))
-        _Server(models, engine, ring, wake, orders, replies).run()
+        server.run()
     except InputError as e:
         replies.send(("fault", str(e)))
     except (BrokenPipeError, EOFError):

@@ -379,8 +379,8 @@ class DirectClient(MarketDataClient):
             self._priced.add(k)
             x = self.config.instruments[k]
             bid, ask = (Price.from_raw(v * UNIT, x.price_precision) for v in touch[::2])
-            sizes = (Quantity.from_raw(v * UNIT, x.size_precision) for v in touch[1::2])
-            self._handle_data(QuoteTick(self._ids[k], bid, ask, *sizes, ts_event, ts_init))
+            bid_size, ask_size = (Quantity.from_raw(v * UNIT, x.size_precision) for v in touch[1::2])
+            self._handle_data(QuoteTick(self._ids[k], bid, ask, bid_size, ask_size, ts_event, ts_init))
             return 1
         return 0
 

@@ -65,9 +65,9 @@ def rows(state: Path, query: str) -> list[tuple[Any, ...]]:
 
 @pytest.fixture(scope="module")
 def played(small: Small, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The whole session as fast as it goes, and what was printed."""
+    """The whole session, no batch passed over, and what was printed."""
     state = tmp_path_factory.mktemp("live") / "state"
-    process = session(small, state, "--speed", "0", skip_from=1_000_000)
+    process = session(small, state, "--speed", "60", skip_from=1_000_000)
     said, _ = process.communicate(timeout=WITHIN_S)
     assert process.returncode == 0, said
     return state, said
@@ -208,7 +208,7 @@ def test_a_silent_feed_halts_entries_and_says_so_until_it_speaks_again(small: Sm
     assert 0 < silent < again
 
 
-def test_a_halted_market_is_not_entered_and_its_halt_is_told(small: Small, tmp_path: Path) -> None:
+def test_a_halted_market_is_not_entered_and_its_halt_is_told_and_replayed(small: Small, tmp_path: Path) -> None:
     files = [Path(shutil.copy(p, tmp_path)) for p in last_session(small)]
     first = int(read_events(small)["ts_init"][0])
     (tmp_path / files[0].name.replace(".mbo.", ".status.")).write_bytes(statuses(files[0], [first]))
@@ -218,6 +218,10 @@ def test_a_halted_market_is_not_entered_and_its_halt_is_told(small: Small, tmp_p
     assert process.returncode == 0 and said.count(": halted") == 2, said
     told = json.loads((state / "summary.json").read_text())
     assert told["decisions"]["market: halted"] > 0 and told["orders"] == 0
+    again = run(RunConfig(session=state, out=tmp_path / "out")).summary
+    assert again["decisions"]["market: halted"] > 0 and again["orders"] == 0
+    same = json.loads((tmp_path / "out" / "session.json").read_text())
+    assert same["features"]["differ"] == same["predictions"]["differ"] == [] and same["predictions"]["equal"] > 100
 
 
 def test_a_fault_in_a_callback_ends_the_session_with_its_traceback(small: Small, tmp_path: Path) -> None:
