@@ -66,7 +66,7 @@ def _slot(s: Array, u: Array, identity: Any) -> Any:
         j = (j + 1) & mask
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True)
 def _forget(s: Array, u: Array, w: Any) -> None:
     """Empty the slot at `w` and shift back those that had probed past it."""
     bits, epoch = s[BITS], s[EPOCH]
@@ -88,7 +88,7 @@ def _forget(s: Array, u: Array, w: Any) -> None:
     s[LIVE] -= 1
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True)
 def _find(s: Array, k: Any, p: Any, n: Any, key: Any) -> Any:
     """The first of the `n` ascending entries at s[p:] that is not below `key`: among the best NEAR, else galloping from the last one."""
     if n == 0 or s[p + 3 * n - 3] < key:

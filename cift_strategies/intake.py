@@ -62,7 +62,7 @@ def _advance(source: int) -> Callable[..., tuple[int, ...]]:
                 events[i]["ts_init"] = events[i]["ts_event"]
             move(events, last, book)
         m = _closes(batches, events["ts_init"], events["instrument"], ends)
-        return run(words, events, order, 0, min(len(events), len(order)), out), m
+        return run(words, events, order, np.int64(0), min(len(events), len(order)), out), m
 
     return advance
 
