@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from catalog.altdata import Table as AltData
 from catalog.asof import Lookup, lookup
 from catalog.errors import InputError
-from catalog.events import Instrument, catalog_counts, catalog_range, read_catalog
+from catalog.events import Instrument, read_catalog
+from catalog.parquet import contents
 from catalog.progress import Steps
 from cift_models import artifacts, drift, settings
 from cift_models.baselines import Baselines, level1_columns
@@ -426,8 +427,9 @@ def choose(members: Sequence[str] | None, own: Sequence[str] = ()) -> dict[str, 
 
 
 def events_in(root: str | Path, ids: Sequence[str] | None, start: int | None, end: int | None) -> int:
-    """About how many events a part of a catalog holds, from its metadata: for progress only."""
-    count = sum(sum(c.values()) for c in catalog_counts(root, ids).values())
-    first, last = catalog_range(root, ids)
-    a, b = max(first, start if start is not None else first), min(last, end if end is not None else last)
-    return int(count * max(0, b - a) / max(1, last - first))
+    """About how many events a part of a catalog holds, from the ranges of its files: for progress only."""
+    count = 0.0
+    for p in contents(Path(root), ids):
+        a, b = p.start if start is None else max(p.start, start), p.end if end is None else min(p.end, end)
+        count += p.rows * max(0, b + 1 - a) / (p.end + 1 - p.start)
+    return int(count)
