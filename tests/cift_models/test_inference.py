@@ -78,7 +78,7 @@ def run(engine, parts):
 
 
 def same(a, b):
-    return all(np.array_equal(x, y, equal_nan=x.dtype.kind == "f") for x, y in zip(a, b))
+    return all(x is y if x is None else np.array_equal(x, y, equal_nan=x.dtype.kind == "f") for x, y in zip(a, b))
 
 
 TRAINED: list[Path] = []  # once for all test modules that import the fixture
