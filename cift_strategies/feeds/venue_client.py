@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -50,7 +50,7 @@ from nautilus_trader.model import (
 from catalog.errors import InputError
 from catalog.events import Instrument
 from cift_strategies.feeds.databento import address
-from cift_strategies.feeds.venue import DEMO_KEY, ENV_KEY, LINE, answer
+from cift_strategies.feeds.venue import DEMO_KEY, ENV_KEY, answer
 from cift_strategies.feeds.venue_matching import Fill, Order, Report
 from cift_strategies.system import Client
 from cift_strategies.translate import UNIT
@@ -58,6 +58,7 @@ from cift_strategies.translate import UNIT
 NAME: Final = "CIFTVENUE"
 CONNECT_S: Final = 10.0
 ANSWER_S: Final = 30.0
+ANSWER: Final = 1 << 30  # bytes of a line of the venue at most: the whole history of an account is one
 WAITS: Final = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds before the next try to connect
 _KIND: Final = {OrderType.MARKET: "market", OrderType.LIMIT: "limit", OrderType.STOP_MARKET: "stop"}
 _LIFE: Final = {TimeInForce.GTC: "gtc", TimeInForce.IOC: "ioc", TimeInForce.FOK: "fok"}
@@ -149,7 +150,7 @@ class VenueClient(ExecutionClient):
         for n in range(1_000_000):
             try:
                 async with asyncio.timeout(CONNECT_S):
-                    reader, writer = await asyncio.open_connection(self.config.host, self.config.port, limit=LINE)
+                    reader, writer = await asyncio.open_connection(self.config.host, self.config.port, limit=ANSWER)
                     greeting = json.loads(await reader.readuntil(b"\n"))
                     login = {"do": "login", "answer": answer(greeting["challenge"], self._key), "seen": seen}
                     writer.write(json.dumps(login).encode() + b"\n")
@@ -388,9 +389,11 @@ class VenueClient(ExecutionClient):
 
     async def _orders(self) -> list[tuple[Order, list[FillReport]]]:
         told = await self._status()
-        fills = [Report.parse(f) for f in told["fills"]]
         orders = [Order(**{**o, "linked": tuple(o["linked"])}) for o in told["orders"]]
-        return [(o, [self._fill_report(f) for f in fills if f.order.venue == o.venue]) for o in orders]
+        fills = defaultdict[str, list[FillReport]](list)
+        for f in map(Report.parse, told["fills"]):
+            fills[f.order.venue].append(self._fill_report(f))
+        return [(o, fills[o.venue]) for o in orders]
 
     async def _generate_mass_status(self, lookback_mins: int | None) -> Any:
         """All orders, fills and positions that the venue has ever had of us, whatever the look-back: it is a short account."""

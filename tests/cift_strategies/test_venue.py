@@ -222,6 +222,18 @@ def test_nothing_is_lost_or_doubled_wherever_it_is_killed(flickering: Stage, act
     node.stop()
 
 
+def test_an_account_with_a_long_history_is_reconciled(played: Stage, actors: Actors) -> None:
+    """All of its orders come as one line, of more than a mebibyte."""
+    ear = played.ear(None)
+    for n in range(8):
+        ear.ask(do="submit", orders=[order(f"old {n} {i}", 1, 1, BID - 5, life="ioc") for i in range(500)])
+    assert len(json.dumps(ear.ask(do="status"))) > 1 << 20
+    ear.ask(do="submit", orders=[order("held", 1, 30)])
+    node = actors.node(played)
+    assert node.until(lambda s: s["halts"])["held"] == 30
+    assert node.stop()["held"] == 30
+
+
 # --- somebody else --------------------------------------------------------------------------------------------------------------------
 
 
