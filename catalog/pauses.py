@@ -7,21 +7,19 @@ told to the labels alone: a feature or a decision that saw a pause to come would
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
 
 from catalog import rolls, status
 
 type Spans = tuple[tuple[int, int], ...]
-NEVER: Final = 2**63 - 1
 
 
 def read(root: Path, expiries: dict[str, int]) -> dict[str, Spans]:
-    """The pauses of each instrument id of `expiries` (ns UTC; NEVER where it has none), ascending: [from, to) while its market is in
-    another state than open or unknown; [ts, ts) where a roll leaves it or comes to it, and at its expiry.
+    """The pauses of each instrument id of `expiries` (ns UTC; `rolls.NEVER` where it has none), ascending: [from, to) while its market
+    is in another state than open or unknown; [ts, ts) where a roll leaves it or comes to it, and at its expiry.
 
     Raises InputError for damaged files.
     """
-    found: dict[str, list[tuple[int, int]]] = {id_: [(when, when)] for id_, when in expiries.items() if when < NEVER}
+    found: dict[str, list[tuple[int, int]]] = {id_: [(when, when)] for id_, when in expiries.items() if when < rolls.NEVER}
     for id_, steps in status.read(root, expiries).items():
         found.setdefault(id_, []).extend(status.shut(steps))
     for roll in rolls.rolls(root):

@@ -127,6 +127,8 @@ class Processes:
                 else:
                     process.kill()
                     process.join()
+                    del self._done[end]
+                    end.close()
                 yield job, *wrong
 
     def close(self) -> None:
