@@ -122,23 +122,43 @@ class Recorded:
 # --- orders ---------------------------------------------------------------------------------------------------------------------------
 
 
-def orders(notes: Iterable[tuple[int, int, str, Any]]) -> dict[tuple[Any, ...], dict[str, Any]]:
+type Key = tuple[Any, ...]
+
+
+class Places:
+    """What each order of a stream of notes belongs to: (instrument, stamp of the prediction, role, how many of these came before), which
+    is the same in a session and in its replay where their running numbers are not."""
+
+    def __init__(self) -> None:
+        self._many: Counter[Key] = Counter()
+        self._keys: dict[int, Key] = {}  # of each order's number
+        self.numbers: dict[Key, int] = {}
+
+    def next(self, *key: Any) -> Key:
+        self._many[key] += 1
+        return (*key, self._many[key])
+
+    def of(self, what: dict[str, Any]) -> Key:
+        """Of the order that a note tells of; the first one of it counts."""
+        number = what["number"]
+        if number not in self._keys:
+            key = self._keys[number] = self.next(what["instrument"], what["signal"], what["role"])
+            self.numbers[key] = number
+        return self._keys[number]
+
+    def key(self, number: int) -> Key | None:
+        return self._keys.get(number)
+
+
+def orders(notes: Iterable[tuple[int, int, str, Any]]) -> dict[Key, dict[str, Any]]:
     """What was ordered: signals and orders, each by what it belongs to, with terms and what came of them."""
-    out: dict[tuple[Any, ...], dict[str, Any]] = {}
-    places: dict[int, tuple[Any, ...]] = {}
-    many: Counter[tuple[Any, ...]] = Counter()
+    out: dict[Key, dict[str, Any]] = {}
+    places = Places()
     for _, now, kind, what in notes:
         if kind == "signal":
-            key = (what["instrument"], what["predicted_at"], "signal")
-            many[key] += 1
-            out[*key, many[key]] = {"ts": now, "terms": {n: v for n, v in what.items() if n != "ts"}, "ends": []}
+            out[places.next(what["instrument"], what["predicted_at"], "signal")] = {"ts": now, "terms": what, "ends": []}
         elif kind == "order":
-            if what["number"] not in places:
-                key = (what["instrument"], what["signal"], what["role"])
-                many[key] += 1
-                places[what["number"]] = (*key, many[key])
-                out[places[what["number"]]] = {"ts": now, "terms": {}, "ends": []}
-            one = out[places[what["number"]]]
+            one = out.setdefault(places.of(what), {"ts": now, "terms": {}, "ends": []})
             if what["event"] == "OrderSubmitted":
                 one["terms"] = {n: what.get(n) for n in ("side", "quantity", "price", "trigger_price")}
             else:

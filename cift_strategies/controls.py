@@ -139,10 +139,9 @@ class Watch(DataActor):
         k, state = self._places[told.instrument_id], status.state_of(told.action.name, told.is_trading)
         if state is None or state == self.strategy.market.get(k, status.UNKNOWN):
             return
-        self.strategy.market[k] = state
-        if self.strategy.witness is not None:
-            self.strategy.witness("status", (k, state, told.ts_event if self._restamp else told.ts_init))
-        self.serving.trading(k, told.ts_event if self._restamp else told.ts_init, state == status.OPEN)
+        ts = told.ts_event if self._restamp else told.ts_init
+        self.strategy.trading(k, state, ts)
+        self.serving.trading(k, ts, state == status.OPEN)
         self._say(f"{told.instrument_id}: {status.STATES[state]}")
 
     @property

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 type Array = NDArray[Any]
 
 MANIFEST: Final = "session.json"
+VERSION: Final = 2  # since then a session can be told to the strategy again turn by turn
 EVENTS: Final = pa.schema([
     *((name, pa.from_numpy_dtype(EVENT[name])) for name in EVENT.names or ()),
     ("came", pa.int64()),  # when the message that ends with the event came, ns by the wall; 0 within a message
@@ -40,7 +41,7 @@ EVENTS: Final = pa.schema([
 NOTES: Final = pa.schema([
     ("at", pa.int64()),  # events that had come by then
     ("wall", pa.int64()), ("now", pa.int64()),  # ns, by the wall and in the stream's time
-    ("kind", pa.string()),  # prediction (delivered), signal, order, halt, release, flatten, reload
+    ("kind", pa.string()),  # prediction (delivered), alert, signal, order (an event of one), halt, release, flatten, status, reload
     ("what", pa.string()),  # JSON
 ])  # fmt: skip
 
@@ -85,20 +86,27 @@ class Witness:
         system.strategy.witness = self.told
 
     def told(self, kind: str, what: Any) -> None:
-        self._note(kind, self._order(*what) if kind == "order" else what)
-
-    def signal(self, message: Any) -> None:
-        self._note("signal", {**asdict(message), "instrument": self._ids[message.instrument]})
+        if kind == "order":
+            what = self._order(*what)
+        elif kind == "signal":
+            what = {**asdict(what), "instrument": self._ids[what.instrument]}
+        self._note(kind, what)
 
     def _order(self, kind: str, k: int, role: str, number: int, event: Any) -> dict[str, Any]:
         told: dict[str, Any] = {"event": kind, "instrument": self._ids[k], "role": role, "number": number}
+        told["stamp"] = self._strategy.stamp(event.ts_event)
         trade = self._strategy.trades[k]
         told["signal"] = None if trade is None else trade.signal.predicted_at
         if kind == "OrderSubmitted" and (order := self._strategy.cache.order(event.client_order_id)) is not None:
             told |= {n: str(v) for n in ("side", "quantity", "price", "trigger_price") if (v := getattr(order, n, None)) is not None}
-        if kind == "OrderFilled":
-            told |= {n: str(getattr(event, n)) for n in ("last_qty", "last_px", "liquidity_side")}
+        told |= {n: str(v) for n in _TOLD.get(kind, ()) if (v := getattr(event, n, None)) is not None}
         return told
+
+
+_TOLD: Final = {
+    "OrderFilled": ("last_qty", "last_px", "liquidity_side", "commission"), "OrderUpdated": ("quantity", "price", "trigger_price"),
+    **dict.fromkeys(("OrderRejected", "OrderDenied", "OrderCancelRejected", "OrderModifyRejected"), ("reason",)),
+}  # fmt: skip
 
 
 class Recorder:
@@ -110,16 +118,15 @@ class Recorder:
     def __init__(self, folder: Path, system: Any, about: Mapping[str, Any], say: Callable[[str], object]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._system, self._say = folder, system, say
-        self._about = {**about, "version": 1, "began": time.time_ns()}
+        self._about = {**about, "version": VERSION, "began": time.time_ns()}
         self._stopped = self._closed = False
         _write(folder, self._about)
         digested(np.zeros((1, 1)))
         self._stream, self._log = Parts(folder / "events"), Parts(folder / "notes")
         self._noted: list[tuple[int, int, int, str, Any]] = []
         system.features.intake.keep(self._keep)
-        self._witness = Witness(system, self.note)
-        pace = system.strategy.terms.pace
-        self.signal, self._now = self._witness.signal, time.time_ns if pace is None else pace.now
+        self._now = system.strategy.now
+        Witness(system, self.note)
 
     def note(self, kind: str, what: Any) -> None:
         self._noted.append((self._system.features.vectors, time.time_ns(), self._now(), kind, what))
@@ -127,9 +134,6 @@ class Recorder:
     def reloaded(self, path: str, at: int) -> None:
         """New models decide from event number `at` on."""
         self.note("reload", (path, at))
-
-    def prediction(self, p: Any) -> None:
-        self.note("prediction", (p.instrument, p.ts, p.latency_ns))
 
     def _keep(self, events: Array, rows: Array, came: Array) -> None:
         self._check(self._stream.add(partial(_events, events, rows, came)))

@@ -196,11 +196,11 @@ class Recovery:
             return
         self.waits.discard(k)
         if s._working(trade, "entry"):
-            s._at(trade.signal.ts + int(s.settings.entry_wait_ms * 1e6), lambda: s._waited(k, trade))
+            s.alert(trade.signal.ts + int(s.settings.entry_wait_ms * 1e6), "wait", k, trade)
         if s.ledger.positions[k].size:
             self._protect(k, trade)
         else:
-            s._at(trade.until, lambda: s._time_exit(k, trade))
+            s.alert(trade.until, "horizon", k, trade)
 
     def _seed(self, k: int, trade: Trade, lacks: int) -> None:
         """An order that gives a simulated venue back the position it has forgotten: its fill is no trade of the account's."""
@@ -235,7 +235,7 @@ class Recovery:
                 order = s.order_factory.limit(s.ids[k], side, quantity, price, TimeInForce.GTC, reduce_only=True)
             s.send(k, trade, role, order, getattr(signal, role))
         s._wake()
-        s._at(trade.until, lambda: s._time_exit(k, trade))
+        s.alert(trade.until, "horizon", k, trade)
 
 
 def _unknown(order: Any, known: dict[str, int]) -> list[tuple[Any, int]]:

@@ -1,17 +1,18 @@
-"""A recorded live session again: the same events in the same order and grouping through the backtest's actors, strategy and venue.
+"""A recorded live session again: the same events in the same order and grouping through the same actors and strategy, on a node.
 
-Features and predictions are computed anew and compared with what was recorded, each by itself; orders with predictions delivered where
-they came. Gives a run's usual output and `session.json`, which lists everything that is not equal.
+Features and predictions are computed anew and compared with what was recorded, each by itself. The strategy then has the session's turns
+once more, in their order and at their times: predictions, alerts, what was asked of it, and what the venue answered to its orders; what it
+orders is compared with what it ordered. Gives a run's usual output and `session.json`, which lists everything that is not equal.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,8 +24,9 @@ from catalog.events import CLEAR, F_MBP, F_TOB, TRADE, Instrument
 from catalog.progress import Steps
 from catalog.status import OPEN
 from cift_strategies import intake
-from cift_strategies.compared import Compared, Recorded, compare_orders, say
-from cift_strategies.recording import Chunk, Recording, Witness, digested, to_catalog
+from cift_strategies.compared import Compared, Places, Recorded, compare_orders, orders, say
+from cift_strategies.pace import Pace
+from cift_strategies.recording import VERSION, Chunk, Recording, Witness, digested, to_catalog
 
 if TYPE_CHECKING:
     from cift_models.inference import Predictions
@@ -36,42 +38,28 @@ if TYPE_CHECKING:
 type Array = NDArray[Any]
 
 BLOCK: Final = 16_384  # events of a block, at most about
+STEP: Final = 1_024  # messages that wait in the node, at most
 
 
 # --- events -> messages and blocks ----------------------------------------------------------------------------------------------------
 
 
 class Messages:
-    """The Nautilus messages of recorded events, as the node got them, stamped (`ts_init`) with the stream's time when they came.
+    """The Nautilus messages of recorded events, as the node got them, stamped (`ts_init`) with the time when they came."""
 
-    So the engine's clock is the session's: of a real feed the wall's, of a replay as :class:`Pace` of the session told it. `pace`: a pace
-    as the session began with, whose clock is `wall`; None for a real feed.
-    """
-
-    def __init__(self, instruments: Sequence[Instrument], begins: int, speed: float | None) -> None:
+    def __init__(self, instruments: Sequence[Instrument]) -> None:
         from nautilus_trader.model import InstrumentId
-
-        from cift_strategies.pace import Pace
 
         self._instruments = instruments
         self._ids = [InstrumentId.from_str(x.id) for x in instruments]
-        self._trades = self._came = self._newest = 0
-        self._pace = None if speed is None else Pace(begins, 0, speed, lambda: self._came)
+        self._trades = 0
 
-    def of(self, chunk: Chunk) -> list[Any]:
-        rows, out, a = chunk.events.tolist(), [], 0
+    def of(self, chunk: Chunk) -> Iterator[tuple[Any, int]]:
+        """Each message, and how many events it has."""
+        rows, a = chunk.events.tolist(), 0
         for b, came in zip(chunk.ends.tolist(), chunk.came.tolist()):
-            out.append(self._message(rows[a:b], self._arrival(rows[b - 1][1], came)))
+            yield self._message(rows[a:b], came), b - a
             a = b
-        return out
-
-    def _arrival(self, ts: int, came: int) -> int:
-        self._came = came
-        if self._pace is not None:
-            self._pace.see(ts)
-            came = self._pace.now()
-        self._newest = max(self._newest, came)
-        return self._newest
 
     def _message(self, rows: list[tuple[Any, ...]], ts_init: int) -> Any:
         from nautilus_trader.model import BookOrder, OrderBookDelta, OrderBookDeltas, Price, Quantity, QuoteTick, TradeId, TradeTick
@@ -170,39 +158,160 @@ class Blocks:
 # --- what was noted ---------------------------------------------------------------------------------------------------------------------
 
 
-class Turns:
-    """Does, after each message, what was noted there in the session, at its time: predictions, and what was asked of the strategy."""
+class Told(Pace):
+    """The time of a session that is told again: what its notes say it was. No alert runs by itself: each that ran then is a note."""
 
-    def __init__(self, notes: Sequence[tuple[int, int, str, Any]], found: dict[tuple[int, int], Prediction], system: Any) -> None:
-        self._notes = [n for n in notes if n[2] in ("prediction", "halt", "release", "flatten", "status")]
-        self._found, self._system, self._next = found, system, 0
-        self.missing = 0
+    __slots__ = ("at", "stamp")
 
-    def __call__(self, actor: Any) -> None:
-        notes = self._notes
-        while self._next < len(notes) and notes[self._next][0] <= self._system.features.vectors:
-            _, now, kind, what = notes[self._next]
-            self._next += 1
-            act = partial(self._deliver, *what) if kind == "prediction" else partial(self._say, kind, what)
-            if now > actor.clock.timestamp_ns():
-                actor.at(f"note-{self._next}", now, act)
+    def __init__(self) -> None:
+        super().__init__(0, 0, 0.0)
+        self.at = self.stamp = 0  # of the turn, and of the order event in it; ns
+
+    def see(self, ts: int) -> None:
+        pass
+
+    def alert(self, ts: int, callback: Callable[[Any], Any]) -> None:
+        pass
+
+    def now(self) -> int:
+        return self.at
+
+    def stream(self, wall_ns: int) -> int:
+        return self.stamp
+
+
+class Teller:
+    """Tells a node's loop what a session was told: messages, and between them, after as many events as then, the noted turns.
+
+    What the venues answered is told of the order that belongs to the same decision; an order that the session did not send is rejected.
+    `found`: predictions by instrument and stamp. Afterwards `told` notes have had their turn, `missing` predictions were delivered that
+    were not made again, and `untold` answers found no order that could take them.
+    """
+
+    def __init__(
+        self, notes: Sequence[tuple[int, int, str, Any]], found: dict[tuple[int, int], Prediction], system: Any, clock: Told, link: Any
+    ) -> None:
+        self._notes, self._found, self._system, self._clock, self._link = notes, found, system, clock, link
+        self._faults, self._strategy, self._venues = system.strategy.faults, system.strategy, [str(i.venue) for i in system.strategy.ids]
+        self._places = {x.id: k for k, x in enumerate(system.strategy.terms.instruments)}
+        places = Places()
+        for _, _, kind, what in notes:
+            if kind == "order":
+                places.of(what)
+        self._theirs, self._ours = places, Places()
+        self._numbers: list[Any] = []  # client order ids of the strategy's orders, by their numbers
+        self._checked = self._heard = self._given = 0
+        self._running: asyncio.Task[Any] | None = None
+        self.told = self.missing = self.untold = 0
+        Witness(system, self._note)
+        self.again: list[tuple[int, int, str, Any]] = []
+
+    def _note(self, kind: str, what: Any) -> None:
+        self.again.append((self._system.features.vectors, self._strategy.now(), kind, what))
+        if kind == "order":
+            self._heard += 1
+            self._ours.of(what)
+
+    async def run(self, node: Any, messages: Iterator[tuple[Any, int]]) -> None:
+        """Everything, on a node that is built; it is stopped at the end."""
+        running = self._running = asyncio.get_running_loop().create_task(node.run_async())
+        try:
+            await self._until(lambda: self._link.subscribed >= 2 * len(self._places), None)
+            for at, now, kind, what in self._notes:
+                await self._stream(messages, at)
+                if self._given < at or self._faults.first is not None:  # events may be cut off before notes are
+                    break
+                self._clock.at = self._clock.stamp = now
+                await self._turn(kind, what)
+                self.told += 1
+            await self._stream(messages, 2**63 - 1)
+        finally:
+            node.handle().stop()
+            await running
+
+    async def _until(self, true: Callable[[], bool], turns: int | None = 100_000) -> bool:
+        """Let the node's loop turn until something is true, or a callback has failed; False after `turns` of it."""
+        n = 0
+        while not true() and self._faults.first is None:
+            if n == turns:
+                return False
+            if self._running is not None and self._running.done():
+                self._running.result()
+                raise RuntimeError("the node has ended before the session was told")
+            n += 1
+            await asyncio.sleep(0)
+        return True
+
+    async def _stream(self, messages: Iterator[tuple[Any, int]], at: int) -> None:
+        """Messages until `at` events have come, or all."""
+        features = self._system.features
+        while self._given < at and self._faults.first is None:
+            for _ in range(STEP):
+                if (got := next(messages, None)) is None:
+                    at = self._given
+                    break
+                self._link.give(got[0])
+                self._given += got[1]
+                if self._given >= at:
+                    break
+            await self._until(lambda: features.vectors >= self._given, None)
+
+    async def _turn(self, kind: str, what: Any) -> None:
+        s = self._strategy
+        if kind == "prediction":
+            k, ts, latency = what
+            if (p := self._found.pop((k, ts), None)) is None:
+                self.missing += 1
             else:
-                act()
-
-    def _deliver(self, k: int, ts: int, latency: int) -> None:
-        if (p := self._found.pop((k, ts), None)) is None:
-            self.missing += 1
-        else:
-            self._system.inference.accept([replace(p, latency_ns=latency)])
-
-    def _say(self, kind: str, what: Any) -> None:
-        strategy = self._system.strategy
-        if kind == "halt":
-            strategy.halt(*what)
+                self._system.inference.accept([replace(p, latency_ns=latency)])
+        elif kind == "alert":
+            which, k, signal = what
+            if (trade := s.trades[k]) is not None and trade.signal.predicted_at == signal:
+                s.due(which, k, trade)
+        elif kind == "order":
+            await self._answer(what)
+        elif kind == "halt":
+            s.halt(*what)
         elif kind == "status":
-            strategy.market[what[0]] = what[1]
+            s.trading(*what)
+        elif kind in ("release", "flatten"):
+            (s.release if kind == "release" else s.flatten)(what)
+        await self._settle()
+
+    async def _settle(self) -> None:
+        """Until what the strategy has sent is with the venue, or denied; orders of its own are rejected there."""
+        s, cache = self._strategy, self._strategy.cache
+        self._numbers += list(islice(s.orders, len(self._numbers), None))
+        while self._checked < len(self._numbers):
+            number, order_id = self._checked, self._numbers[self._checked]
+            if not await self._until(lambda o=order_id: str(o) in self._link.arrived or cache.is_order_closed(o)):  # type: ignore[misc]
+                raise AssertionError(f"{order_id} has not come to the venue")
+            self._checked += 1
+            if self._ours.key(number) not in self._theirs.numbers:
+                k = s.orders[order_id][0]
+                for event in ("OrderSubmitted", "OrderRejected"):
+                    await self._tell(k, order_id, {"event": event, "stamp": self._clock.at, "reason": "the session has not sent it"})
+            self._numbers += list(islice(s.orders, len(self._numbers), None))
+
+    async def _answer(self, what: Any) -> None:
+        from cift_strategies.feeds.retold import OURS
+
+        if what["event"] in OURS:
+            return
+        number = self._ours.numbers.get(self._theirs.of(what))
+        if number is None or number >= len(self._numbers):
+            self.untold += 1
         else:
-            (strategy.release if kind == "release" else strategy.flatten)(what)
+            await self._tell(self._places[what["instrument"]], self._numbers[number], what)
+
+    async def _tell(self, k: int, order_id: Any, what: Any) -> None:
+        order, heard = self._strategy.cache.order(order_id), self._heard
+        if order is None or order.is_closed:
+            self.untold += what["event"] != "OrderDenied"  # the node has denied it by itself
+            return
+        self._clock.stamp = what["stamp"]
+        self._link.venues[self._venues[k]].tell(order, what, self._strategy.terms.instruments[k].currency)
+        self.untold += not await self._until(lambda: self._heard > heard)
 
 
 # --- a run ----------------------------------------------------------------------------------------------------------------------------
@@ -225,18 +334,21 @@ def _run(config: RunConfig, recording: Recording, out: Path) -> RunResult:
     from cift_models.hmm import REGIMES
     from cift_models.windows import HORIZONS_NS
     from cift_strategies.faults import Faults
+    from cift_strategies.feeds import retold
     from cift_strategies.inference_actor import LookAhead
+    from cift_strategies.live import engine_limits
     from cift_strategies.live_config import LiveConfig
     from cift_strategies.outcome import Outcomes, Traded, write_run
-    from cift_strategies.recording_actor import ReplayActor
     from cift_strategies.results import write_json
     from cift_strategies.serving import Models
     from cift_strategies.serving_process import load
     from cift_strategies.strategy import Terms
-    from cift_strategies.system import assemble, run_messages
+    from cift_strategies.system import assemble, by_venue, live_node, starting
     from cift_strategies.weights import unpacked
 
     began, told = time.monotonic(), recording.manifest
+    if told["version"] < VERSION:
+        raise InputError(f"{recording.folder} was recorded by an older version, which did not note all turns: replay it with that one")
     live, instruments = LiveConfig.model_validate(told["config"]), recording.instruments
     artifact = config.artifacts or Path(told["artifact"])
     if not (artifact / "manifest.json").is_file():
@@ -279,7 +391,7 @@ def _run(config: RunConfig, recording: Recording, out: Path) -> RunResult:
     wanted = {(what[0], what[1]) for _, _, kind, what in notes if kind == "prediction"}
 
     class Ahead(LookAhead):
-        """Keeps what was delivered in the session, for :class:`Turns`."""
+        """Keeps what was delivered in the session, for :class:`Teller`."""
 
         def predict(self, vector: FeatureVector) -> Iterable[Prediction]:
             first = system.features.vectors - (vector.stop - vector.first)
@@ -291,37 +403,37 @@ def _run(config: RunConfig, recording: Recording, out: Path) -> RunResult:
 
     faults = Faults()
     ends = {int(k): end for k, end in told["ends"].items()}
-    latency = round(told["order_latency_ms"] * 1e6)
-    again: list[tuple[int, int, str, Any]] = []
-    terms = Terms(instruments, live.settings, live.limits, REGIMES, 0, ends, {}, latency, faults)
+    clock, link = Told(), retold.Link()
+    terms = Terms(instruments, live.settings, live.limits, REGIMES, 0, ends, {}, 0, faults, pace=clock)
     ahead = Ahead(recorded.asking(blocks), Swapping(), recorded, HORIZONS_NS, len(instruments), sink)  # type: ignore[arg-type]
     system = assemble(terms, ahead, live.strategy)
     system.features.intake = Intake(recording)
-    turns = Turns(notes, found, system)
-    actor = ReplayActor(turns, faults)
-    witness = Witness(system, lambda kind, what: again.append((system.features.vectors, actor.clock.timestamp_ns(), kind, what)))
-    actor.signal = witness.signal
-    messages = Messages(instruments, told["starts"], told["speed"] if live.feed == "replay" else None)
-    with Steps("stream", told.get("events") or 0, "events") as steps:
+    teller, messages = Teller(notes, found, system, clock, link), Messages(instruments)
+    venues = [retold.venue(link, name, starting(traded, live.limits.capital)) for name, traded in sorted(by_venue(instruments).items())]
+    limits = engine_limits(live, instruments) | {"max_order_submit_rate": "1000000/00:00:01"}  # it comes faster than it came
+    node = live_node(system, [retold.feed(link)], venues, False, limits=limits, retold=True)
+    with Steps("stream", told.get("events") or 0, "events") as steps, faults.interrupts():
 
-        def chunks() -> Iterator[list[Any]]:
+        def stream() -> Iterator[tuple[Any, int]]:
             for chunk in recording.stream():
                 steps.advance(len(chunk.events))
-                yield messages.of(chunk)
+                yield from messages.of(chunk)
 
-        result, node = run_messages(system, [actor], chunks(), live.limits.capital, latency, faults)
+        asyncio.run(teller.run(node, stream()))
         ahead.finish()
+    faults.reraise()
     seconds, traded = time.monotonic() - began, Traded.by(system.strategy)
     node.dispose()
     with Steps("scores"):
         scored = outcomes.finish(engine)
     if not scored.first:
         raise InputError(f"{recording.folder} holds no event: nothing can be replayed")
-    sent = [n for n in notes if n[2] in ("signal", "order")]
     compared = {
-        "features": features, "predictions": recorded.compare(instruments, state["last"]), "orders": compare_orders(sent, again)
+        "features": features, "predictions": recorded.compare(instruments, state["last"]),
+        "orders": compare_orders(notes[: teller.told], teller.again),
     }  # fmt: skip
-    lines = [*dict.fromkeys(recording.said), *reasons(told, live, compared["orders"], turns.missing, recorded.passed)]
+    compared["orders"].cut_off = len(orders(notes)) - compared["orders"].recorded
+    lines = [*dict.fromkeys(recording.said), *reasons(told, live, teller, recorded.passed)]
     session = {"folder": str(recording.folder), **{k: c.told() for k, c in compared.items()}, "notes": lines}
     n = system.features.vectors
     summary = {
@@ -329,13 +441,13 @@ def _run(config: RunConfig, recording: Recording, out: Path) -> RunResult:
         "session": {k: {"recorded": c.recorded, "equal": c.equal, "cut_off": c.cut_off} for k, c in compared.items()},
     }  # fmt: skip
     settings = {**live.model_dump(mode="json"), "order_latency_ms": told["order_latency_ms"], "session": str(recording.folder)}
-    done = write_run(out, f"session-{told['name']}", instruments, scored, traded, summary, settings, began, None, result)
+    done = write_run(out, f"session-{told['name']}", instruments, scored, traded, summary, settings, began)
     write_json(out / "session.json", session)
     say(session)
     return done
 
 
-def reasons(told: dict[str, Any], live: Any, orders: Compared, missing: int, passed: int) -> list[str]:
+def reasons(told: dict[str, Any], live: Any, teller: Teller, passed: int) -> list[str]:
     """What of the session cannot be the same again, in words."""
     out = []
     if passed:
@@ -348,10 +460,8 @@ def reasons(told: dict[str, Any], live: Any, orders: Compared, missing: int, pas
         out.append(f"{told['lost']} events found no room in the models' queue: what the models said after that cannot be said again")
     if live.budget_ms is not None:
         out.append("members that took longer than budget_ms abstained in the session: here they vote")
-    if not live.simulated:
-        out.append("orders went to a real venue: its fills are its own, here a simulated venue answers")
-    if missing:
-        out.append(f"{missing} predictions that were delivered were not made again")
-    if orders.differ:
-        out.append("when orders, cancels and alerts had their turn on the node's loop was not recorded: orders differ by that")
+    if teller.missing:
+        out.append(f"{teller.missing} predictions that were delivered were not made again")
+    if teller.untold:
+        out.append(f"{teller.untold} answers of the venue belong to orders that were not sent again, or could not take them")
     return out

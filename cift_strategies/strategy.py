@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from nautilus_trader.model import (
     ClientOrderId,
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 MARK_EVERY_NS: Final = SCALE  # of open positions, for the equity curve
 RETRY_NS: Final = 100_000_000  # before another attempt to leave a position
 ATTEMPTS: Final = 50
+
+type Alert = Literal["horizon", "wait", "again"]  # a position's time is up, a resting entry's is, a way out is tried again
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +127,7 @@ class EnsembleStrategy(Strategy):
         self.decisions: Counter[str] = Counter()
         self.reason = ""  # what became of the newest prediction: "entered", or why not
         self.market: dict[int, int] = {}  # instrument -> trading state, as the feed tells it; history has `terms.states`
-        self.witness: Callable[[str, Any], object] | None = None  # is told of order events, and of what was asked of the strategy
+        self.witness: Callable[[str, Any], object] | None = None  # is told of all that it decides upon and does, see recording.Witness
         self.halts: dict[str, str] = {}  # cause -> why there are no entries; exits go on
         self.orders: dict[ClientOrderId, tuple[int, str, int]] = {}  # -> trade, role, running number
         self.numbers = 0  # running number of the next order
@@ -137,6 +140,7 @@ class EnsembleStrategy(Strategy):
         self.signals = 0
         self.next_mark = 0  # when open positions are marked again, ns
         self._alerts = 0
+        self._moment: int | None = None  # time of the turn that it is in, ns
         self._foreign = False  # whether the venue has orders or positions that are not ours
         self._digest = hashlib.sha256()
 
@@ -146,8 +150,20 @@ class EnsembleStrategy(Strategy):
         return timed(self.clock, self.terms.pace)
 
     def now(self) -> int:
-        """The stream's time, ns."""
-        return self.time.timestamp_ns()
+        """The stream's time, ns. It stands still within a turn: a prediction, an order event, an alert, a request to flatten."""
+        return self.time.timestamp_ns() if self._moment is None else self._moment
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """All that is decided within has one time, so that a recording of the turns is a recording of the decisions."""
+        if self._moment is not None:
+            yield
+            return
+        self._moment = self.time.timestamp_ns()
+        try:
+            yield
+        finally:
+            self._moment = None
 
     # --- what is asked of it ----------------------------------------------------------------------------------------------------------
 
@@ -161,14 +177,28 @@ class EnsembleStrategy(Strategy):
         if self.halts.pop(cause, None) is not None and self.witness is not None:
             self.witness("release", cause)
 
+    def trading(self, k: int, state: int, ts: int) -> None:
+        """The feed says that from `ts` on the market of instrument `k` is in this state of catalog.status: exits wait for it to be open."""
+        with self._turn():
+            if self.witness is not None:
+                self.witness("status", (k, state, ts))
+            self.market[k] = state
+            if self._trades(k) and (trade := self.trades[k]) is not None and trade.leaving:
+                trade.attempts = 0
+                self.leave(k, trade.leaving)
+
+    def _trades(self, k: int) -> bool:
+        return self.market.get(k, status.UNKNOWN) in _TRADES
+
     def flatten(self, reason: str) -> None:
         """Cancel all that works and close every position at the market."""
-        if self.witness is not None:
-            self.witness("flatten", reason)
-        for k, trade in enumerate(self.trades):
-            if trade is not None:
-                trade.attempts = 0
-                self.leave(k, reason)
+        with self._turn():
+            if self.witness is not None:
+                self.witness("flatten", reason)
+            for k, trade in enumerate(self.trades):
+                if trade is not None:
+                    trade.attempts = 0
+                    self.leave(k, reason)
 
     @property
     def flat(self) -> bool:
@@ -200,14 +230,17 @@ class EnsembleStrategy(Strategy):
 
     def on_prediction(self, message: object) -> None:
         prediction = cast(Prediction, message)
-        self.reason = ""
-        self.newest[prediction.instrument] = prediction
-        trade = self.trades[prediction.instrument]
-        if trade is not None and not trade.leaving:
-            self.renew(trade, prediction)
-        signal = self.decide(prediction)
-        if signal is not None:
-            self.enter(signal)
+        with self._turn():
+            if self.witness is not None:
+                self.witness("prediction", (prediction.instrument, prediction.ts, prediction.latency_ns))
+            self.reason = ""
+            self.newest[prediction.instrument] = prediction
+            trade = self.trades[prediction.instrument]
+            if trade is not None and not trade.leaving:
+                self.renew(trade, prediction)
+            signal = self.decide(prediction)
+            if signal is not None:
+                self.enter(signal)
 
     # --- deciding ---------------------------------------------------------------------------------------------------------------------
 
@@ -221,7 +254,7 @@ class EnsembleStrategy(Strategy):
             return self._decline("in a position")
         if self.halts:
             return self._decline(f"halted: {next(iter(self.halts.values()))}")
-        k, now = p.instrument, self.time.timestamp_ns()
+        k, now = p.instrument, self.now()
         vector = self.last[k]
         if vector is None or now - vector.ts > self.settings.stale_ms * 1e6:
             return self._decline("book is stale")
@@ -234,7 +267,7 @@ class EnsembleStrategy(Strategy):
             return self._decline("spread too wide")
         told = self.terms.states.get(k)
         state = self.market.get(k, status.UNKNOWN) if told is None else int(status.at(told, now))
-        if state not in (status.OPEN, status.UNKNOWN):
+        if state not in _TRADES:
             return self._decline(f"market: {status.STATES[state]}")
         if any(a <= now < b for a, b in self.terms.behind.get(k, ())):
             return self._decline("not the front contract")
@@ -291,7 +324,7 @@ class EnsembleStrategy(Strategy):
 
     def _open_for(self, k: int, until: int) -> bool:
         """Whether instrument `k` trades from now until `until`, with `flat_before_close_s` to spare."""
-        return until <= self._flat_at(k, self.time.timestamp_ns())
+        return until <= self._flat_at(k, self.now())
 
     def _flat_at(self, k: int, now: int) -> int:
         """When a position opened now has to be closed at the latest, ns; 0 outside the session."""
@@ -347,16 +380,36 @@ class EnsembleStrategy(Strategy):
         self.ledger.entered(signal.ts)
         self.decisions["entered"] += 1
         self.reason = "entered"
+        if self.witness is not None:
+            self.witness("signal", signal)
         self.publish_message(SIGNALS, signal)
         self.submit_order_list(orders)
         self._wake()
-        self._at(trade.until, lambda: self._time_exit(k, trade))
+        self.alert(trade.until, "horizon", k, trade)
         if not crossing:
-            self._at(signal.ts + int(self.settings.entry_wait_ms * 1e6), lambda: self._waited(k, trade))
+            self.alert(signal.ts + int(self.settings.entry_wait_ms * 1e6), "wait", k, trade)
+
+    def alert(self, ts: int, what: Alert, k: int, trade: Trade) -> None:
+        """Look after `trade` at `ts`, see :meth:`due`."""
+        self._at(ts, lambda _event: self.due(what, k, trade))
+
+    def due(self, what: Alert, k: int, trade: Trade) -> None:
+        """An alert of `trade` has its turn."""
+        if self.trades[k] is not trade:
+            return
+        with self._turn():
+            if self.witness is not None:
+                self.witness("alert", (what, k, trade.signal.predicted_at))
+            if what == "wait":
+                self._waited(k, trade)
+            elif what == "horizon":
+                self._time_exit(k, trade)
+            else:
+                self.leave(k, trade.leaving)
 
     def _waited(self, k: int, trade: Trade) -> None:
         """A resting entry's time is up: what is not filled is cancelled, and where nothing is, it may be crossed for."""
-        if self.trades[k] is trade and not trade.leaving and self._working(trade, "entry"):
+        if not trade.leaving and self._working(trade, "entry"):
             trade.crosses = self.settings.then == "cross" and not trade.units_in
             if not self.cache.is_order_pending_cancel_local(trade.ids["entry"]):
                 self.cancel_order(trade.ids["entry"])
@@ -381,7 +434,7 @@ class EnsembleStrategy(Strategy):
         if not s.renew or signal.horizon_ns not in p.horizons_ns:
             return
         if signal.side * expected_ticks(p, p.horizons_ns.index(signal.horizon_ns)) >= s.renew_ticks:
-            now = self.time.timestamp_ns()
+            now = self.now()
             until = min(now + signal.horizon_ns, signal.ts + int(s.max_hold_s * SCALE), self._flat_at(p.instrument, now))
             if until > trade.until:
                 trade.until = until
@@ -402,7 +455,7 @@ class EnsembleStrategy(Strategy):
             if self._working(trade, role) and not self.cache.is_order_pending_cancel_local(trade.ids[role]):
                 self.cancel_order(trade.ids[role])
         size = self.ledger.positions[k].size
-        if size:
+        if size and self._trades(k):
             trade.attempts += 1
             if trade.attempts > ATTEMPTS:
                 self.decisions["could not be closed"] += 1
@@ -415,9 +468,9 @@ class EnsembleStrategy(Strategy):
         self._wake()
 
     def _time_exit(self, k: int, trade: Trade) -> None:
-        if self.trades[k] is trade and not trade.leaving:
-            if trade.until > self.time.timestamp_ns():
-                self._at(trade.until, lambda: self._time_exit(k, trade))
+        if not trade.leaving:
+            if trade.until > self.now():
+                self.alert(trade.until, "horizon", k, trade)
             else:
                 self.leave(k, "horizon")
 
@@ -442,14 +495,13 @@ class EnsembleStrategy(Strategy):
     def _wake(self) -> None:
         """A simulated venue looks at an order in flight at its next event; an alert at its arrival makes that exact."""
         if self.terms.order_latency_ns:
-            self._at(self.time.timestamp_ns() + self.terms.order_latency_ns, lambda: None)
+            self._at(self.now() + self.terms.order_latency_ns, lambda _event: None)
 
-    def _at(self, ts: int, action: Any) -> None:
+    def _at(self, ts: int, action: Callable[[Any], object]) -> None:
         self._alerts += 1
-        call = self.faults.guard(lambda _event: action())
-        self.time.set_time_alert_ns(f"cift-{self._alerts}", ts, callback=call)
+        self.time.set_time_alert_ns(f"cift-{self._alerts}", ts, callback=self.faults.guard(action))
 
-    def _stamp(self, ts: int) -> int:
+    def stamp(self, ts: int) -> int:
         """A stamp of the engine's clock in the stream's time, ns."""
         return ts if self.terms.pace is None else self.terms.pace.stream(ts)
 
@@ -462,6 +514,10 @@ class EnsembleStrategy(Strategy):
     # --- what became of them ----------------------------------------------------------------------------------------------------------
 
     def on_order_event(self, event: Any) -> None:
+        with self._turn():
+            self._heard(event)
+
+    def _heard(self, event: Any) -> None:
         kind, order_id = type(event).__name__, event.client_order_id
         if order_id not in self.orders:  # somebody else's, or one of a venue that makes orders for us
             self._foreign = True
@@ -473,12 +529,12 @@ class EnsembleStrategy(Strategy):
             self.witness("order", (kind, k, role, number, event))
         if self.terms.journal is not None and (kind != "OrderFilled" or role == "seed"):
             trade = self.trades[k]
-            self.terms.journal.order(number, role, -1 if trade is None else trade.number, event, self._stamp(event.ts_event))
+            self.terms.journal.order(number, role, -1 if trade is None else trade.number, event, self.stamp(event.ts_event))
         if role == "seed":
             return
         vector, trade = self.last[k], self.trades[k]
         seen = (math.nan, math.nan) if vector is None else (vector.mid, vector.spread)
-        told = (self._stamp(event.ts_event), self.terms.instruments[k].id, number, -1 if trade is None else trade.number, role)
+        told = (self.stamp(event.ts_event), self.terms.instruments[k].id, number, -1 if trade is None else trade.number, role)
         self.order_log.append((*told, kind.removeprefix("Order"), *seen))
         if kind == "OrderFilled":
             self._filled(k, role, number, event)
@@ -526,7 +582,7 @@ class EnsembleStrategy(Strategy):
         whole, price = event.last_qty.raw // UNIT, event.last_px.raw / UNIT / SCALE
         size = whole if most is None else min(whole, most)
         fee = event.commission.as_double() * (size / whole) if event.commission is not None else 0.0
-        ts, units = self._stamp(event.ts_event), size / SCALE
+        ts, units = self.stamp(event.ts_event), size / SCALE
         vector = self.last[k]
         mid = math.nan if vector is None else vector.mid
         decided, trade_number = (math.nan, -1) if trade is None else (trade.decided_mid, trade.number)
@@ -551,7 +607,7 @@ class EnsembleStrategy(Strategy):
         if size:
             if not self._working(trade, "exit") and (trade.leaving or not self._working(trade, "stop")):
                 if trade.leaving:
-                    self._at(self.time.timestamp_ns() + RETRY_NS, lambda: self._again(k, trade))
+                    self.alert(self.now() + RETRY_NS, "again", k, trade)
                 else:
                     self.leave(k, "unprotected")
             return
@@ -559,10 +615,6 @@ class EnsembleStrategy(Strategy):
             self.leave(k, trade.leaving or "closed")
             return
         self._close(k, trade)
-
-    def _again(self, k: int, trade: Trade) -> None:
-        if self.trades[k] is trade:
-            self.leave(k, trade.leaving)
 
     def _close(self, k: int, trade: Trade) -> None:
         self.trades[k] = None
@@ -577,13 +629,13 @@ class EnsembleStrategy(Strategy):
         gross = s.side * (trade.sold - trade.bought) * x.multiplier
         by = trade.leaving if trade.last_exit == "exit" else trade.last_exit
         self.positions.append((
-            trade.number, x.id, trade.opened, self.time.timestamp_ns(), s.side, trade.units_in, trade.bought / trade.units_in,
+            trade.number, x.id, trade.opened, self.now(), s.side, trade.units_in, trade.bought / trade.units_in,
             trade.sold / trade.units_out, gross, trade.fees, gross - trade.fees, x.currency, s.horizon_ns, s.regime, s.confidence,
             s.expected_ticks, s.cost_ticks, by,
         ))  # fmt: skip
         if self.terms.journal is not None:
             self.terms.journal.closed(trade.number, self.now(), by, self.positions[-1])
-        self._mark(k, math.nan, self.time.timestamp_ns())
+        self._mark(k, math.nan, self.now())
 
     def _mark(self, k: int, mid: float, ts: int) -> None:
         x, pnl = self.terms.instruments[k], self.ledger.mark(k, mid, ts)
@@ -593,6 +645,7 @@ class EnsembleStrategy(Strategy):
 
 
 _TOLD: Final = ("order_side", "quantity", "price", "trigger_price", "last_qty", "last_px", "commission", "liquidity_side")
+_TRADES: Final = (status.OPEN, status.UNKNOWN)
 _CLOSING: Final = frozenset({"OrderFilled", "OrderCanceled", "OrderRejected", "OrderDenied", "OrderExpired"})
 
 

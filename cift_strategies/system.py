@@ -6,7 +6,7 @@ A moved or renamed constructor of NautilusTrader touches this place alone.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from nautilus_trader.adapters.sandbox import SandboxExecutionClientConfig, SandboxExecutionClientFactory
 from nautilus_trader.backtest import (
     BacktestDataConfig,
-    BacktestEngine,
     BacktestEngineConfig,
     BacktestNode,
     BacktestRunConfig,
@@ -22,7 +21,7 @@ from nautilus_trader.backtest import (
 )
 from nautilus_trader.common import Environment, LoggerConfig, LogLevel
 from nautilus_trader.execution import FeeModel, StaticLatencyModel
-from nautilus_trader.live import LiveDataEngineConfig, LiveNode, LiveRiskEngineConfig, RoutingConfig
+from nautilus_trader.live import LiveDataEngineConfig, LiveExecutionEngineConfig, LiveNode, LiveRiskEngineConfig, RoutingConfig
 from nautilus_trader.model import (
     AccountType,
     BookType,
@@ -124,7 +123,7 @@ class Replay:
 def venues(replay: Replay, faults: Faults) -> list[BacktestVenueConfig]:
     """One simulated venue per venue of the instruments: their depth of book, fees, latency, and a balance per currency."""
     configs = []
-    for name, traded in sorted(_by_venue(replay.instruments).items()):
+    for name, traded in sorted(by_venue(replay.instruments).items()):
         if len({x.level for x in traded}) > 1:
             depths = ", ".join(f"{x.id} L{x.level}" for x in traded)
             raise InputError(f"venue {name} has feeds of different depth ({depths}): run them apart with --symbols")
@@ -186,45 +185,16 @@ def run_backtest(system: Part, replay: Replay, faults: Faults) -> tuple[Backtest
     return results[0], node, config.id
 
 
-def run_messages(
-    system: System, actors: Sequence[Any], chunks: Iterable[list[Any]], capital: float, order_latency_ns: int, faults: Faults
-) -> tuple[BacktestResult, BacktestEngine]:
-    """Stream messages, in the order and grouping given, through a BacktestEngine with `system` and then `actors`; ends as
-    :func:`run_backtest` does. The venues are those of :func:`sandbox`. The engine is not disposed."""
-    from catalog.definitions import Definition
-    from catalog.importer import nautilus_instrument
-
-    instruments = system.strategy.terms.instruments
-    engine = BacktestEngine(BacktestEngineConfig(logging=LoggerConfig(stdout_level=LogLevel.ERROR)))
-    with faults.interrupts():
-        for name, traded in sorted(_by_venue(instruments).items()):
-            engine.add_venue(
-                Venue(name), OmsType.NETTING, AccountType.MARGIN, [Money(capital, Currency.from_str(c)) for c in _currencies(traded)],
-                book_type=BOOKS[traded[0].level], bar_execution=False, reject_stop_orders=False, fee_model=Fees(traded, faults),
-                latency_model=StaticLatencyModel(base_latency_nanos=order_latency_ns), liquidity_consumption=True,
-                queue_position=traded[0].level > 1,
-            )  # fmt: skip
-        for x in instruments:
-            engine.add_instrument(nautilus_instrument(Definition(x, x.id.rsplit(".", 1)[0])))
-        system.add_to(engine.add_actor, engine.add_strategy)
-        for actor in actors:
-            engine.add_actor(actor)
-        for messages in chunks:
-            engine.add_data(messages, validate=False)
-            engine.run(streaming=True)
-            engine.clear_data()
-            if faults.first is not None:
-                break
-        engine.end()
-    faults.reraise()
-    return engine.get_result(), engine
-
-
-def _by_venue(instruments: Sequence[Instrument]) -> dict[str, list[Instrument]]:
+def by_venue(instruments: Sequence[Instrument]) -> dict[str, list[Instrument]]:
     found: dict[str, list[Instrument]] = {}
     for x in instruments:
         found.setdefault(str(InstrumentId.from_str(x.id).venue), []).append(x)
     return found
+
+
+def starting(traded: Sequence[Instrument], capital: float) -> list[Money]:
+    """What an account for `traded` begins with."""
+    return [Money(capital, Currency.from_str(c)) for c in _currencies(traded)]
 
 
 def _currencies(traded: Sequence[Instrument]) -> list[str]:
@@ -247,10 +217,10 @@ class Client:
 def sandbox(instruments: Sequence[Instrument], capital: float, order_latency_ns: int, faults: Faults) -> list[Client]:
     """The backtest's simulated venues for a live node: the same fees, latency, queue position and balances."""
     clients = []
-    for name, traded in sorted(_by_venue(instruments).items()):
+    for name, traded in sorted(by_venue(instruments).items()):
         config = SandboxExecutionClientConfig(
             venue=Venue(name),
-            starting_balances=[Money(capital, Currency.from_str(c)) for c in _currencies(traded)],
+            starting_balances=starting(traded, capital),
             oms_type=OmsType.NETTING,
             account_type=AccountType.MARGIN,
             book_type=BOOKS[traded[0].level],
@@ -267,12 +237,16 @@ def sandbox(instruments: Sequence[Instrument], capital: float, order_latency_ns:
 
 def live_node(
     system: System, feeds: Sequence[Client], venues: Sequence[Client], simulated: bool, actors: Sequence[Any] = (),
-    limits: Mapping[str, Any] | None = None, trader: str = "CIFT-001",
+    limits: Mapping[str, Any] | None = None, trader: str = "CIFT-001", retold: bool = False,
 ) -> LiveNode:  # fmt: skip
-    """A node with `feeds` and `venues` (`simulated`: sandboxes), `system` and then `actors`. `limits`: of LiveRiskEngineConfig."""
+    """A node with `feeds` and `venues` (`simulated`: sandboxes), `system` and then `actors`. `limits`: of LiveRiskEngineConfig. `retold`:
+    its venues are nobody's: they are not asked what they hold, nor what became of an order."""
     from cift_strategies.definitions import NAME, DefinitionsConfig, DefinitionsFactory
 
     builder = LiveNode.builder("CIFT", TraderId(trader), Environment.SANDBOX if simulated else Environment.LIVE)
+    reconciles = not (simulated or retold)
+    if retold:
+        builder = builder.with_exec_engine_config(LiveExecutionEngineConfig(inflight_check_interval_ms=0))
     known = DefinitionsConfig(system.strategy.terms.instruments)
     builder = builder.add_data_client(NAME, DefinitionsFactory, known, RoutingConfig(default=False))
     for n, feed in enumerate(feeds):
@@ -281,7 +255,7 @@ def live_node(
         add = builder.add_simulated_exec_client if simulated else builder.add_exec_client
         builder = add(venue.name, venue.factory, venue.config)
     node = (
-        builder.with_reconciliation(not simulated)
+        builder.with_reconciliation(reconciles)
         .with_logging(LoggerConfig(stdout_level=LogLevel.ERROR))
         .with_delay_post_stop_secs(1)
         .with_data_engine_config(LiveDataEngineConfig(emit_quotes_from_book=True))
@@ -289,7 +263,7 @@ def live_node(
         .build()
     )
     system.add_to(node.add_actor, node.add_strategy)
-    if not simulated:  # orders and positions that the venue reports are the strategy's, those of before a restart too
+    if reconciles:  # orders and positions that the venue reports are the strategy's, those of before a restart too
         system.strategy.set_external_order_instrument_ids(system.strategy.ids)
     for actor in actors:
         node.add_actor(actor)

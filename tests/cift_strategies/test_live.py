@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import select
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import EAGER, Small
@@ -29,6 +31,8 @@ from cift_strategies.live_config import ORDERS_NEED, LiveConfig, check, confirm,
 from cift_strategies.live_models import Prepared
 from cift_strategies.outcome import HORIZON_LABELS
 from cift_strategies.pace import Pace, Paced
+from cift_strategies.parts import read
+from cift_strategies.recording import NOTES
 from cift_strategies.risk import Ledger, Limits
 from cift_strategies.session_replay import run
 
@@ -65,9 +69,10 @@ def rows(state: Path, query: str) -> list[tuple[Any, ...]]:
 
 @pytest.fixture(scope="module")
 def played(small: Small, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The whole session, no batch passed over, and what was printed."""
+    """The whole session, no batch passed over, and what was printed. However late the node is for its market, it trades."""
     state = tmp_path_factory.mktemp("live") / "state"
-    process = session(small, state, "--speed", "60", skip_from=1_000_000)
+    patient = {"skip_from": 1_000_000, "late_ms": 1e9, "model_ms": 1e9, "settings": {"stale_ms": 1e9}}
+    process = session(small, state, "--speed", "60", **patient)
     said, _ = process.communicate(timeout=WITHIN_S)
     assert process.returncode == 0, said
     return state, said
@@ -121,7 +126,8 @@ def read_events(small: Small) -> Any:
 
 
 def test_a_recorded_session_is_computed_again_to_the_last_bit(played: tuple[Path, str], tmp_path: Path) -> None:
-    """Every event's features and every prediction, all members' votes and what the ensemble makes of them; orders as far as can be."""
+    """Every event's features, every prediction with all members' votes and what the ensemble makes of them, every signal and every order;
+    and with them what the account did and earned."""
     state, out = played[0], tmp_path / "out"
     done = subprocess.run(
         [sys.executable, "run_backtest.py", "--session", str(state), "--out", str(out)], cwd=ROOT, capture_output=True, text=True,
@@ -129,15 +135,103 @@ def test_a_recorded_session_is_computed_again_to_the_last_bit(played: tuple[Path
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     live, session = json.loads((state / "summary.json").read_text()), json.loads((out / "session.json").read_text())
-    for kind, n in (("features", live["feature_vectors"]), ("predictions", live["predictions"])):
-        assert session[kind] == {"recorded": n, "equal": n, "cut_off": 0, "differ": []}
+    ordered = len(rows(state, "select * from signals")) + len(rows(state, "select * from sent"))
+    for kind, n in (("features", live["feature_vectors"]), ("predictions", live["predictions"]), ("orders", ordered)):
+        assert n > 0 and session[kind] == {"recorded": n, "equal": n, "cut_off": 0, "differ": []}
         assert any(line.split() == [kind, f"{n:,}", f"{n:,}", "0", "0"] for line in done.stdout.splitlines())
-    orders = session["orders"]
-    entered = sum(1 for _ in rows(state, "select * from signals"))
-    assert orders["recorded"] == entered + len(rows(state, "select * from sent")) and orders["equal"] > orders["recorded"] // 3
-    assert {"report.html", "summary.json", "fills.parquet", "positions.parquet", "predictions.parquet"} <= {p.name for p in out.iterdir()}
+    assert session["notes"] == []
+    again = json.loads((out / "summary.json").read_text())
+    told = ("decisions", "order_events", "closed_by", "fees", "pnl_net", "max_drawdown")
+    assert {n: again[n] for n in told} == {n: live[n] for n in told}
+    for name in ("fills", "positions"):
+        assert pq.read_table(out / f"{name}.parquet").equals(pq.read_table(state / f"{name}.parquet"))
+    assert (out / "report.html").is_file()
     ours, theirs = ({key: exact for key, (exact, _) in decisions(f).items()} for f in (out, state))
     assert ours == theirs
+
+
+# --- a session that is not what was recorded ------------------------------------------------------------------------------------------
+
+
+type Notes = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def begun(played: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Notes, int]:
+    """The session's folder with the events of its beginning alone and without notes; all notes; how many of them are of the beginning."""
+    folder, whole = tmp_path_factory.mktemp("begun") / "session", played[0] / "session"
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("data", "events", "notes"))
+    notes: Notes = pa.concat_tables(read(whole / "notes", [])).to_pylist()
+    for n in notes:
+        n["what"] = json.loads(n["what"])
+    at = [n["at"] for n in notes if n["kind"] == "order"]
+    end = next(n for n in at[400:] if n > at[399])
+    write(folder / "events", pa.concat_tables(read(whole / "events", [])).slice(0, end))
+    return folder, notes, sum(n["at"] <= end for n in notes)
+
+
+def write(folder: Path, table: pa.Table) -> None:
+    folder.mkdir()
+    pq.write_table(table, folder / "00000000.parquet")
+
+
+def replayed(folder: Path, notes: Notes, tmp_path: Path) -> dict[str, Any]:
+    """`session.json` of the session in `folder`, had these been its notes."""
+    shutil.copytree(folder, tmp_path / "session")
+    table = pa.Table.from_pylist([{**n, "what": json.dumps(n["what"])} for n in notes], schema=NOTES)
+    write(tmp_path / "session" / "notes", table)
+    run(RunConfig(session=tmp_path, out=tmp_path / "out"))
+    told = json.loads((tmp_path / "out" / "session.json").read_text())
+    assert told["features"]["differ"] == told["predictions"]["differ"] == []
+    return dict(told)
+
+
+def test_turns_after_the_last_event_that_was_recorded_are_cut_off(begun: tuple[Path, Notes, int], tmp_path: Path) -> None:
+    folder, notes, _ = begun
+    orders = replayed(folder, notes, tmp_path)["orders"]
+    assert orders["recorded"] == orders["equal"] > 50 and orders["cut_off"] > 0 and orders["differ"] == []
+
+
+def test_an_alert_has_its_turn_where_it_is_noted_and_nowhere_else(begun: tuple[Path, Notes, int], tmp_path: Path) -> None:
+    folder, notes, n = begun
+    alerts = [a for a in notes[:n] if a["kind"] == "alert"]
+    left_out = alerts[len(alerts) * 3 // 4]
+    told = replayed(folder, [a for a in notes[:n] if a is not left_out], tmp_path)
+    _, k, signal = left_out["what"]
+    differ, name = told["orders"]["differ"], json.loads((folder / "session.json").read_text())["instruments"][k]["id"]
+    assert any(d["signal"] == signal for d in differ)
+    assert all(d["instrument"] == name and d["signal"] >= signal for d in differ)
+
+
+def test_what_is_not_equal_is_listed_and_does_not_make_what_follows_unequal(begun: tuple[Path, Notes, int], tmp_path: Path) -> None:
+    """An order of other terms, and a trade that the session has not made: the replay's is rejected, and so are those that it makes of later
+    predictions while the session was in a position; then it goes on as the session did."""
+    folder, notes, n = begun
+    notes = copy.deepcopy(notes[:n])
+    sent = [x["what"] for x in notes if x["kind"] == "order" and x["what"]["event"] == "OrderSubmitted"]
+    sent[0]["quantity"] = "1"
+    lost = sent[len(sent) // 2]
+    trade = lost["instrument"], lost["signal"]
+
+    def of(x: dict[str, Any]) -> tuple[str, int]:
+        return x["what"]["instrument"], x["what"]["predicted_at" if x["kind"] == "signal" else "signal"]
+
+    kept = [x for x in notes if x["kind"] not in ("signal", "order") or of(x) != trade]
+    assert max(x["at"] for x in kept if x["kind"] == "order") > max(x["at"] for x in notes if x["kind"] == "order" and of(x) == trade)
+    orders = replayed(folder, kept, tmp_path)["orders"]
+    assert orders["equal"] == orders["recorded"] - 1
+    terms = [d for d in orders["differ"] if d["what"].startswith("terms: quantity 1 / ")]
+    assert [(d["instrument"], d["signal"], d["role"]) for d in terms] == [(sent[0]["instrument"], sent[0]["signal"], sent[0]["role"])]
+    rest = [d for d in orders["differ"] if d not in terms]
+    assert {d["what"] for d in rest} == {"was not sent in the session"} and {d["instrument"] for d in rest} == {trade[0]}
+    assert trade[1] in {d["signal"] for d in rest}
+
+
+def test_a_session_that_older_code_recorded_is_refused(begun: tuple[Path, Notes, int], tmp_path: Path) -> None:
+    manifest = json.loads((begun[0] / "session.json").read_text())
+    (tmp_path / "session.json").write_text(json.dumps(manifest | {"version": 1}))
+    with pytest.raises(InputError, match="by an older version"):
+        run(RunConfig(session=tmp_path, out=tmp_path / "out"))
 
 
 def test_a_recorded_session_is_a_catalog(played: tuple[Path, str], small: Small) -> None:
@@ -158,6 +252,7 @@ def test_what_was_recorded_before_a_kill_is_computed_again(small: Small, tmp_pat
     told = json.loads((out / "session.json").read_text())
     assert "cut off" in told["notes"][0] and told["features"]["recorded"] == done.summary["events"] > 500
     assert told["features"]["differ"] == [] and told["predictions"]["differ"] == [] and told["predictions"]["equal"] > 100
+    assert told["orders"]["differ"] == [] and told["orders"]["equal"] == told["orders"]["recorded"]
 
 
 def test_the_journal_holds_every_signal_order_event_and_fill(played: tuple[Path, str]) -> None:
@@ -208,20 +303,29 @@ def test_a_silent_feed_halts_entries_and_says_so_until_it_speaks_again(small: Sm
     assert 0 < silent < again
 
 
-def test_a_halted_market_is_not_entered_and_its_halt_is_told_and_replayed(small: Small, tmp_path: Path) -> None:
-    files = [Path(shutil.copy(p, tmp_path)) for p in last_session(small)]
-    first = int(read_events(small)["ts_init"][0])
-    (tmp_path / files[0].name.replace(".mbo.", ".status.")).write_bytes(statuses(files[0], [first]))
+@pytest.mark.parametrize("share", [(0.0,), (0.3, 0.6)])
+def test_a_halted_market_is_not_entered_and_its_halt_is_told_and_replayed(small: Small, tmp_path: Path, share: tuple[float, ...]) -> None:
+    """Halted throughout, and in the middle of the session."""
+    files, ts = [Path(shutil.copy(p, tmp_path)) for p in last_session(small)], read_events(small)["ts_init"]
+    at = [int(ts[0] + s * (ts[-1] - ts[0])) for s in share]
+    (tmp_path / files[0].name.replace(".mbo.", ".status.")).write_bytes(statuses(files[0], at))
     state = tmp_path / "state"
     process = session(small, state, "--speed", "0", dbn=[str(p) for p in files])
     said, _ = process.communicate(timeout=WITHIN_S)
     assert process.returncode == 0 and said.count(": halted") == 2, said
     told = json.loads((state / "summary.json").read_text())
-    assert told["decisions"]["market: halted"] > 0 and told["orders"] == 0
     again = run(RunConfig(session=state, out=tmp_path / "out")).summary
-    assert again["decisions"]["market: halted"] > 0 and again["orders"] == 0
+    assert again["decisions"] == told["decisions"] and again["orders"] == told["orders"]
     same = json.loads((tmp_path / "out" / "session.json").read_text())
-    assert same["features"]["differ"] == same["predictions"]["differ"] == [] and same["predictions"]["equal"] > 100
+    assert all(same[kind]["differ"] == [] for kind in ("features", "predictions", "orders")) and same["predictions"]["equal"] > 100
+    if len(at) == 1:
+        assert told["decisions"]["market: halted"] > 0 and told["orders"] == 0
+        return
+    fills = pq.read_table(state / "fills.parquet")["ts"].cast("int64").to_pylist()
+    assert min(fills) < at[0] < at[1] < max(fills) and not any(at[0] < t < at[1] for t in fills)
+    assert told["order_events"].get("OrderRejected", 0) <= 4  # exits wait for the market, however long that is
+    opened = pq.read_table(state / "positions.parquet")["opened"].cast("int64").to_pylist()
+    assert min(opened) < at[0] and max(opened) > at[1]  # what was held is closed then, and others follow
 
 
 def test_a_fault_in_a_callback_ends_the_session_with_its_traceback(small: Small, tmp_path: Path) -> None:
