@@ -140,14 +140,17 @@ class EnsembleStrategy(Strategy):
         self.signals = 0
         self.next_mark = 0  # when open positions are marked again, ns
         self._alerts = 0
+        self._clock: Clock | None = None
         self._moment: int | None = None  # time of the turn that it is in, ns
         self._foreign = False  # whether the venue has orders or positions that are not ours
         self._digest = hashlib.sha256()
 
     @property
     def time(self) -> Clock:
-        """The stream's clock."""
-        return timed(self.clock, self.terms.pace)
+        """The stream's clock. Asked for once: Nautilus does not lend it while it takes an order, and tells of the order meanwhile."""
+        if self._clock is None:
+            self._clock = timed(self.clock, self.terms.pace)
+        return self._clock
 
     def now(self) -> int:
         """The stream's time, ns. It stands still within a turn: a prediction, an order event, an alert, a request to flatten."""
@@ -209,7 +212,8 @@ class EnsembleStrategy(Strategy):
 
     def on_start(self) -> None:
         if self.recovery is not None:
-            self.recovery.begin()
+            with self._turn():
+                self.recovery.begin()
         else:
             for k in range(len(self.ids)):
                 self.compare(k)
@@ -226,7 +230,8 @@ class EnsembleStrategy(Strategy):
             self.next_mark = vector.ts + MARK_EVERY_NS
             self._mark(k, vector.mid, vector.ts)
         if self.recovery is not None and k in self.recovery.waits:
-            self.recovery.go_on(k)
+            with self._turn():
+                self.recovery.go_on(k)
 
     def on_prediction(self, message: object) -> None:
         prediction = cast(Prediction, message)
