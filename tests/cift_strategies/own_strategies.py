@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from catalog import status
 from cift_models.fusion import Fusion
 from cift_strategies.strategy import EnsembleStrategy
 
@@ -23,6 +24,19 @@ class Eager(EnsembleStrategy):
         proba = np.tile([0.0, 0.2, 0.8] if side > 0 else [0.8, 0.2, 0.0], (4, 1))
         believed = replace(p, proba=proba, magnitude=np.full(4, 10.0), confidence=np.ones(4), direction=(0, side, 0, 0))
         return super().decide(believed)
+
+
+class Halted(EnsembleStrategy):
+    """Hears that the market is halted 1.2 to 9 s after its first event."""
+
+    first = 0
+
+    def on_features(self, message: Any) -> None:
+        super().on_features(message)
+        self.first = self.first or message.ts
+        state = status.HALTED if 1_200 <= (message.ts - self.first) / 1e6 < 9_000 else status.OPEN
+        if state != self.market.get(message.instrument):
+            self.trading(message.instrument, state, message.ts)
 
 
 class Interrupted(EnsembleStrategy):

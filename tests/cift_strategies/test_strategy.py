@@ -43,6 +43,14 @@ def test_what_is_left_at_the_horizon_is_sold_at_the_market(calm: Path) -> None:
     assert played.strategy.ledger.positions[0].size == 0
 
 
+def test_a_way_out_waits_for_a_halted_market_however_long(calm: Path) -> None:
+    """Nothing is sent that would be rejected, and nothing given up."""
+    played = play(calm, [SHARE], Script({1_000: (1, 6.0, 0)}), strategy="own_strategies:Halted")
+    (position,) = played.positions
+    assert position["closed_by"] == "horizon" and ms_of(position["closed"]) == pytest.approx(9_001, abs=5)
+    assert played.strategy.order_types["OrderSubmitted"] == 4 and played.strategy.order_types["OrderRejected"] == 0
+
+
 def test_a_position_is_kept_for_as_long_as_the_move_is_still_expected(calm: Path) -> None:
     """Every prediction along the position grants it another horizon; one against it, or one that expects too little, does not."""
     script = Script({1_000: (1, 6.0, 0), 1_300: (1, 6.0, 0), 1_600: (1, 6.0, 0), 1_900: (-1, 6.0, 0), 2_000: (1, 0.2, 0)})
