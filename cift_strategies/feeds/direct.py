@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -51,7 +51,8 @@ from cift_strategies.feeds.wire import BrokenError, RefusedError, Wire, connect
 
 Array = NDArray[Any]
 SETTLE_S: Final = 0.05  # a node makes its subscriptions one by one
-STEP: Final = 512  # records handed on between two turns of the node's loop
+PIECE: Final = 4_096  # records that become rows at once
+STEP: Final = 512  # events handed on between two turns of the node's loop
 TURN: Final = 16  # records that the node takes in a turn, as a rule
 AHEAD: Final = 1_024  # events that may wait in the node before the line is read on
 PATIENCE: Final = 1_000  # turns without progress after which what waits in the node is taken for dropped
@@ -77,6 +78,7 @@ class Link:
     said: deque[str] = field(default_factory=lambda: deque(maxlen=100))  # warnings, and messages of the gateway
     counts: Counter[str] = field(default_factory=Counter)  # records by kind, sessions, partial cancels, orders of snapshots
     taken: Callable[[], int] | None = None  # how many events the node has worked off, where somebody knows
+    room: Callable[[], Awaitable[None]] | None = None  # waits for who works on what the node has worked off, where the line can wait
     ahead: int = 0  # most events that have waited in the node, where that is known
 
     def statistics(self) -> dict[str, Any]:
@@ -258,14 +260,15 @@ class DirectClient(MarketDataClient):
         types = data[at + 1]
         cuts = np.flatnonzero(np.diff(types)) + 1
         for a, b in zip([0, *cuts.tolist()], [*cuts.tolist(), len(at)]):
-            for n in range(a, b, STEP):
-                m = min(b, n + STEP)
+            for n in range(a, b, PIECE):
+                m = min(b, n + PIECE)
                 last = int(at[m]) if m < len(at) else len(data)
-                handed = self._run_of(int(types[a]), data[int(at[n]) : last], m - n)
-                await self._turns(handed)
+                await self._run_of(int(types[a]), data[int(at[n]) : last], m - n)
 
     async def _turns(self, handed: int) -> None:
         """Let the node work: until few enough events wait there, where we are told; else as long as `handed` messages take, as a rule."""
+        if self._link.room is not None:
+            await self._link.room()
         if (taken := self._link.taken) is None:
             for _ in range(1 + handed // TURN):
                 await asyncio.sleep(0)
@@ -281,18 +284,19 @@ class DirectClient(MarketDataClient):
             if still == PATIENCE:
                 self._given = now
 
-    def _run_of(self, kind: int, data: Array, n: int) -> int:
-        """Hand on `n` records of one type; how many objects that made."""
+    async def _run_of(self, kind: int, data: Array, n: int) -> None:
+        """Hand on `n` records of one type."""
         if kind == MBO_TYPE:
             mbo = np.ascontiguousarray(data).view(MBO)
             self._follow(mbo)
-            return self._give(self._opened(self._rows.orders(mbo)))
-        if kind in LEVELS:
-            return self._give(self._rows.levels(data.reshape(n, -1), LEVELS[kind]))
-        decoder = _dbn.DBNDecoder(has_metadata=False, input_version=3, upgrade_policy=_dbn.VersionUpgradePolicy.AS_IS)
-        for record in decoder.write_and_decode(data.tobytes()):
-            self._told(kind, record)
-        return 0
+            await self._give(self._opened(self._rows.orders(mbo)))
+        elif kind in LEVELS:
+            await self._give(self._rows.levels(data.reshape(n, -1), LEVELS[kind]))
+        else:
+            decoder = _dbn.DBNDecoder(has_metadata=False, input_version=3, upgrade_policy=_dbn.VersionUpgradePolicy.AS_IS)
+            for record in decoder.write_and_decode(data.tobytes()):
+                self._told(kind, record)
+            await self._turns(0)
 
     def _told(self, kind: int, record: Any) -> None:
         if kind == MAPPING_TYPE:
@@ -347,28 +351,33 @@ class DirectClient(MarketDataClient):
             return events
         return events[[not (o and self._rows.empty(int(k))) for o, k in zip(opening, events["instrument"])]]
 
-    def _give(self, events: Array) -> int:
-        """EVENT rows, before they are finished, -> Nautilus objects -> the node."""
+    async def _give(self, events: Array) -> None:
+        """EVENT rows, before they are finished, -> Nautilus objects -> the node, which gets its turns between."""
         if not len(events):
-            return 0
+            await self._turns(0)
+            return
         events = self._rows.finish(events)
         wall, health = self.clock.timestamp_ns(), self._link.health
         counts = np.bincount(events["instrument"], minlength=len(self._ids))
-        for k in np.flatnonzero(counts).tolist():
+        came = np.flatnonzero(counts).tolist()
+        for k in came:
             mine = events["instrument"] == k
             health.seen(self._pulse[k], int(events["ts_init"][mine][-1]), wall, int(counts[k]))
         self._link.counts["events"] += len(events)
-        self._given += len(events)
         self._link.counts["partial_cancels"] = self._rows.count("partial_cancel")
         unknown = self._rows.count("unknown_cancel") + self._rows.count("unknown_modify")
-        made = self._objects(events)
-        for k in np.flatnonzero(counts).tolist():
-            if k not in self._priced and not self._open[k]:
-                made += self._price(k, int(events["ts_event"][-1]), int(events["ts_init"][-1]))
+        for n in range(0, len(events) or 1, STEP):
+            step = events[n : n + STEP]
+            self._given += len(step)
+            made = self._objects(step)
+            if n + STEP >= len(events):  # the books of `_rows` are those after the last event
+                for k in came:
+                    if k not in self._priced and not self._open[k]:
+                        made += self._price(k, int(events["ts_event"][-1]), int(events["ts_init"][-1]))
+            await self._turns(made)
         if unknown > self._unknown:
             self._unknown = unknown
             self._lost("book", 0)
-        return made
 
     def _price(self, k: int, ts_event: int, ts_init: int) -> int:
         """Tell the node the best prices of a book that is whole again: from deltas alone it takes none before the first trade, and denies

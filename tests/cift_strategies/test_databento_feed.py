@@ -81,6 +81,24 @@ def test_features_of_a_live_session_equal_those_of_its_file_to_the_last_bit(mark
     assert 0 < heard.link.ahead <= AHEAD + STEP  # the line is read no faster than the node works
 
 
+def test_the_line_is_read_on_when_there_is_room(market: MarketFiles) -> None:
+    events, instruments = read_dbn(market.mbo[0])
+    asked: list[int] = []
+
+    async def room() -> None:
+        asked.append(len(asked))
+
+    def enough(heard: Any) -> bool:
+        heard.link.room = room
+        return bool(heard.n >= len(events))
+
+    async def session() -> Any:
+        async with playing(market.mbo) as gateway:
+            return await listen(gateway, instruments, enough)
+
+    assert asyncio.run(session()).n == len(events) and len(asked) >= (len(events) - 2 * AHEAD) // STEP > 10
+
+
 class Markets(DataActor):
     """Keeps what is told of the trading state of its instruments."""
 
