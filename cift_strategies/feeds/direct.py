@@ -55,6 +55,7 @@ PIECE: Final = 4_096  # records that become rows at once
 STEP: Final = 512  # events handed on between two turns of the node's loop
 TURN: Final = 16  # records that the node takes in a turn, as a rule
 AHEAD: Final = 1_024  # events that may wait in the node before the line is read on
+BEHIND: Final = 256  # events that wait in the node from which on changes of one book are told together
 PATIENCE: Final = 1_000  # turns without progress after which what waits in the node is taken for dropped
 WAITS: Final = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before the next try to connect
 REFUSALS: Final = 3  # in a row, before the key is taken for wrong
@@ -368,8 +369,8 @@ class DirectClient(MarketDataClient):
         unknown = self._rows.count("unknown_cancel") + self._rows.count("unknown_modify")
         for n in range(0, len(events) or 1, STEP):
             step = events[n : n + STEP]
+            made = self._objects(step, self._link.taken is not None and self._given - self._link.taken() > BEHIND)
             self._given += len(step)
-            made = self._objects(step)
             if n + STEP >= len(events):  # the books of `_rows` are those after the last event
                 for k in came:
                     if k not in self._priced and not self._open[k]:
@@ -393,9 +394,14 @@ class DirectClient(MarketDataClient):
             return 1
         return 0
 
-    def _objects(self, events: Array) -> int:
-        made, give, places, stamps, bids = 0, self._handle_data, self._places, self._stamps, self._bids
+    def _objects(self, events: Array, behind: bool = False) -> int:
+        """Give the node the messages of `events`, one for each change of a book; how many. Where it is `behind`, changes of one book that
+        follow each other are one message: what the node does for each costs more than what it does for each of its events."""
+        made, give, places, stamps, bids, last = 0, self._handle_data, self._places, self._stamps, self._bids, -1
         for ts_event, ts_init, price, size, order_id, sequence, action, side, flags, k in events.tolist():
+            if last >= 0 and (k != last or action == TRADE):
+                made += self._close(last)
+                last = -1
             id_, prices, sizes, group = places[k]
             if (px := prices.get(price)) is None:
                 px = prices[price] = Price.from_raw(price * UNIT, self.config.instruments[k].price_precision)
@@ -403,9 +409,7 @@ class DirectClient(MarketDataClient):
                 sz = sizes[size] = Quantity.from_raw(size * UNIT, self.config.instruments[k].size_precision)
             if action == TRADE:
                 if group:
-                    give(OrderBookDeltas(id_, group))
-                    group.clear()
-                    made += 1
+                    made += self._close(k)
                 give(TradeTick(id_, px, sz, _AGGRESSOR[side], TradeId(str(sequence)), ts_event, ts_init))
                 made += 1
             elif flags & F_TOB:  # the bid, then the ask
@@ -415,14 +419,21 @@ class DirectClient(MarketDataClient):
                     (bid, bid_size), made = bids[k], made + 1
                     give(QuoteTick(id_, bid, px, bid_size, sz, ts_event, ts_init))
             else:
-                if group and stamps[k] != ts_init:
-                    give(OrderBookDeltas(id_, group))
-                    group.clear()
-                    made += 1
+                if group and (not flags & F_LAST if k == last else stamps[k] != ts_init):
+                    made += self._close(k)
                 stamps[k], order = ts_init, BookOrder(_SIDE[side], px, sz, order_id)
                 group.append(OrderBookDelta(id_, _ACTION[action], order, flags & ~F_MBP, sequence, ts_event, ts_init))
+                last = -1
                 if flags & F_LAST:
-                    give(OrderBookDeltas(id_, group))
-                    group.clear()
-                    made += 1
-        return made
+                    if behind:
+                        last = k  # its group is whole, and may be gone on with
+                    else:
+                        made += self._close(k)
+        return made + (self._close(last) if last >= 0 else 0)
+
+    def _close(self, k: int) -> int:
+        """Give the node the deltas of an instrument that wait, as one message."""
+        id_, _, _, group = self._places[k]
+        self._handle_data(OrderBookDeltas(id_, group))
+        group.clear()
+        return 1
