@@ -21,6 +21,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import uvloop
+
 from catalog.errors import InputError
 from catalog.events import Instrument
 from catalog.progress import Steps
@@ -112,6 +114,7 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack) -> Path:
     line: Any = getattr(feed.config, "link", None)
     if hasattr(line, "taken"):
         line.taken = lambda: system.features.vectors
+        line.room = serving.room if config.feed == "replay" else None
     display = Display(system, serving)
     stack.callback(display.close)
     journal.say = display.say
@@ -146,7 +149,7 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack) -> Path:
     display.say(f"{config.feed} of {', '.join(x.id for x in ready.instruments)} on {config.venue}; Ctrl-C ends it")
     gc.collect()
     gc.freeze()  # what is there stays: no collection on the loop has to look through it
-    asyncio.run(session.run())
+    asyncio.run(session.run(), loop_factory=uvloop.new_event_loop)  # a turn of the loop costs half of asyncio's own
     serving.disconnect()
     if recorder is not None:
         recorder.close(lost=serving.lost, passed=serving.passed)

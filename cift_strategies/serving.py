@@ -8,6 +8,7 @@ waits for those and passes them to the loop.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
 import time
@@ -39,6 +40,7 @@ CAPACITY: Final = 131_072  # events of the ring, 76 MB
 HELD: Final = 256  # events that wait for the end of their batch before they are put there, at most
 HEAD, TAIL, ASLEEP, LOST = range(4)  # words of the ring's header: events put, events taken, the process waits, events that found no room
 NONE: Final = np.zeros(0, np.int64)
+STUCK_S: Final = 10.0  # without progress, after which no stream waits for the models
 STAGES: Final = ("queue", "predict", "return")  # of a prediction: waiting for the process, computing, the way back
 
 
@@ -196,6 +198,7 @@ class Serving:
         self.depth = Histogram()  # events that waited when a block with a prediction was taken
         self._scored: Scored | None = None
         self.newest = self.came = 0  # stamp of the newest event, and perf_counter when it came, ns
+        self._stuck = -1  # events that had been taken when the models were given up waiting for
         self._since = 0  # perf_counter at which the oldest unanswered batch was put, 0: none
         self._block: Any = None  # events `_first` to `_stop` of it are not in the ring yet: they go with the batch that they belong to
         self._matrix: Any = None
@@ -249,6 +252,19 @@ class Serving:
     @property
     def lost(self) -> int:
         return int(self.ring.words[LOST])
+
+    async def room(self) -> None:
+        """Wait while half of the ring is taken and the models load or work: for a stream that can wait, so that none of it is lost."""
+        ring, taken, until = self.ring, -1, 0.0
+        while ring.waiting > ring.capacity // 2 and (self.fault is None or not self.ready.is_set()):
+            now = int(ring.words[TAIL])
+            if now == self._stuck:
+                return
+            if now != taken or not self.ready.is_set():
+                taken, until = now, time.monotonic() + STUCK_S
+            elif time.monotonic() > until:
+                self._stuck = now
+            await asyncio.sleep(0.001)
 
     def silent_ns(self) -> int:
         """How long a batch has been waiting for an answer; 0 where none is."""

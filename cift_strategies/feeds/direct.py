@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -51,9 +51,11 @@ from cift_strategies.feeds.wire import BrokenError, RefusedError, Wire, connect
 
 Array = NDArray[Any]
 SETTLE_S: Final = 0.05  # a node makes its subscriptions one by one
-STEP: Final = 512  # records handed on between two turns of the node's loop
+PIECE: Final = 4_096  # records that become rows at once
+STEP: Final = 512  # events handed on between two turns of the node's loop
 TURN: Final = 16  # records that the node takes in a turn, as a rule
 AHEAD: Final = 1_024  # events that may wait in the node before the line is read on
+BEHIND: Final = 256  # events that wait in the node from which on changes of one book are told together
 PATIENCE: Final = 1_000  # turns without progress after which what waits in the node is taken for dropped
 WAITS: Final = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before the next try to connect
 REFUSALS: Final = 3  # in a row, before the key is taken for wrong
@@ -77,6 +79,7 @@ class Link:
     said: deque[str] = field(default_factory=lambda: deque(maxlen=100))  # warnings, and messages of the gateway
     counts: Counter[str] = field(default_factory=Counter)  # records by kind, sessions, partial cancels, orders of snapshots
     taken: Callable[[], int] | None = None  # how many events the node has worked off, where somebody knows
+    room: Callable[[], Awaitable[None]] | None = None  # waits for who works on what the node has worked off, where the line can wait
     ahead: int = 0  # most events that have waited in the node, where that is known
 
     def statistics(self) -> dict[str, Any]:
@@ -258,14 +261,15 @@ class DirectClient(MarketDataClient):
         types = data[at + 1]
         cuts = np.flatnonzero(np.diff(types)) + 1
         for a, b in zip([0, *cuts.tolist()], [*cuts.tolist(), len(at)]):
-            for n in range(a, b, STEP):
-                m = min(b, n + STEP)
+            for n in range(a, b, PIECE):
+                m = min(b, n + PIECE)
                 last = int(at[m]) if m < len(at) else len(data)
-                handed = self._run_of(int(types[a]), data[int(at[n]) : last], m - n)
-                await self._turns(handed)
+                await self._run_of(int(types[a]), data[int(at[n]) : last], m - n)
 
     async def _turns(self, handed: int) -> None:
         """Let the node work: until few enough events wait there, where we are told; else as long as `handed` messages take, as a rule."""
+        if self._link.room is not None:
+            await self._link.room()
         if (taken := self._link.taken) is None:
             for _ in range(1 + handed // TURN):
                 await asyncio.sleep(0)
@@ -281,18 +285,19 @@ class DirectClient(MarketDataClient):
             if still == PATIENCE:
                 self._given = now
 
-    def _run_of(self, kind: int, data: Array, n: int) -> int:
-        """Hand on `n` records of one type; how many objects that made."""
+    async def _run_of(self, kind: int, data: Array, n: int) -> None:
+        """Hand on `n` records of one type."""
         if kind == MBO_TYPE:
             mbo = np.ascontiguousarray(data).view(MBO)
             self._follow(mbo)
-            return self._give(self._opened(self._rows.orders(mbo)))
-        if kind in LEVELS:
-            return self._give(self._rows.levels(data.reshape(n, -1), LEVELS[kind]))
-        decoder = _dbn.DBNDecoder(has_metadata=False, input_version=3, upgrade_policy=_dbn.VersionUpgradePolicy.AS_IS)
-        for record in decoder.write_and_decode(data.tobytes()):
-            self._told(kind, record)
-        return 0
+            await self._give(self._opened(self._rows.orders(mbo)))
+        elif kind in LEVELS:
+            await self._give(self._rows.levels(data.reshape(n, -1), LEVELS[kind]))
+        else:
+            decoder = _dbn.DBNDecoder(has_metadata=False, input_version=3, upgrade_policy=_dbn.VersionUpgradePolicy.AS_IS)
+            for record in decoder.write_and_decode(data.tobytes()):
+                self._told(kind, record)
+            await self._turns(0)
 
     def _told(self, kind: int, record: Any) -> None:
         if kind == MAPPING_TYPE:
@@ -347,28 +352,33 @@ class DirectClient(MarketDataClient):
             return events
         return events[[not (o and self._rows.empty(int(k))) for o, k in zip(opening, events["instrument"])]]
 
-    def _give(self, events: Array) -> int:
-        """EVENT rows, before they are finished, -> Nautilus objects -> the node."""
+    async def _give(self, events: Array) -> None:
+        """EVENT rows, before they are finished, -> Nautilus objects -> the node, which gets its turns between."""
         if not len(events):
-            return 0
+            await self._turns(0)
+            return
         events = self._rows.finish(events)
         wall, health = self.clock.timestamp_ns(), self._link.health
         counts = np.bincount(events["instrument"], minlength=len(self._ids))
-        for k in np.flatnonzero(counts).tolist():
+        came = np.flatnonzero(counts).tolist()
+        for k in came:
             mine = events["instrument"] == k
             health.seen(self._pulse[k], int(events["ts_init"][mine][-1]), wall, int(counts[k]))
         self._link.counts["events"] += len(events)
-        self._given += len(events)
         self._link.counts["partial_cancels"] = self._rows.count("partial_cancel")
         unknown = self._rows.count("unknown_cancel") + self._rows.count("unknown_modify")
-        made = self._objects(events)
-        for k in np.flatnonzero(counts).tolist():
-            if k not in self._priced and not self._open[k]:
-                made += self._price(k, int(events["ts_event"][-1]), int(events["ts_init"][-1]))
+        for n in range(0, len(events) or 1, STEP):
+            step = events[n : n + STEP]
+            made = self._objects(step, self._link.taken is not None and self._given - self._link.taken() > BEHIND)
+            self._given += len(step)
+            if n + STEP >= len(events):  # the books of `_rows` are those after the last event
+                for k in came:
+                    if k not in self._priced and not self._open[k]:
+                        made += self._price(k, int(events["ts_event"][-1]), int(events["ts_init"][-1]))
+            await self._turns(made)
         if unknown > self._unknown:
             self._unknown = unknown
             self._lost("book", 0)
-        return made
 
     def _price(self, k: int, ts_event: int, ts_init: int) -> int:
         """Tell the node the best prices of a book that is whole again: from deltas alone it takes none before the first trade, and denies
@@ -384,9 +394,14 @@ class DirectClient(MarketDataClient):
             return 1
         return 0
 
-    def _objects(self, events: Array) -> int:
-        made, give, places, stamps, bids = 0, self._handle_data, self._places, self._stamps, self._bids
+    def _objects(self, events: Array, behind: bool = False) -> int:
+        """Give the node the messages of `events`, one for each change of a book; how many. Where it is `behind`, changes of one book that
+        follow each other are one message: what the node does for each costs more than what it does for each of its events."""
+        made, give, places, stamps, bids, last = 0, self._handle_data, self._places, self._stamps, self._bids, -1
         for ts_event, ts_init, price, size, order_id, sequence, action, side, flags, k in events.tolist():
+            if last >= 0 and (k != last or action == TRADE):
+                made += self._close(last)
+                last = -1
             id_, prices, sizes, group = places[k]
             if (px := prices.get(price)) is None:
                 px = prices[price] = Price.from_raw(price * UNIT, self.config.instruments[k].price_precision)
@@ -394,9 +409,7 @@ class DirectClient(MarketDataClient):
                 sz = sizes[size] = Quantity.from_raw(size * UNIT, self.config.instruments[k].size_precision)
             if action == TRADE:
                 if group:
-                    give(OrderBookDeltas(id_, group))
-                    group.clear()
-                    made += 1
+                    made += self._close(k)
                 give(TradeTick(id_, px, sz, _AGGRESSOR[side], TradeId(str(sequence)), ts_event, ts_init))
                 made += 1
             elif flags & F_TOB:  # the bid, then the ask
@@ -406,14 +419,21 @@ class DirectClient(MarketDataClient):
                     (bid, bid_size), made = bids[k], made + 1
                     give(QuoteTick(id_, bid, px, bid_size, sz, ts_event, ts_init))
             else:
-                if group and stamps[k] != ts_init:
-                    give(OrderBookDeltas(id_, group))
-                    group.clear()
-                    made += 1
+                if group and (not flags & F_LAST if k == last else stamps[k] != ts_init):
+                    made += self._close(k)
                 stamps[k], order = ts_init, BookOrder(_SIDE[side], px, sz, order_id)
                 group.append(OrderBookDelta(id_, _ACTION[action], order, flags & ~F_MBP, sequence, ts_event, ts_init))
+                last = -1
                 if flags & F_LAST:
-                    give(OrderBookDeltas(id_, group))
-                    group.clear()
-                    made += 1
-        return made
+                    if behind:
+                        last = k  # its group is whole, and may be gone on with
+                    else:
+                        made += self._close(k)
+        return made + (self._close(last) if last >= 0 else 0)
+
+    def _close(self, k: int) -> int:
+        """Give the node the deltas of an instrument that wait, as one message."""
+        id_, _, _, group = self._places[k]
+        self._handle_data(OrderBookDeltas(id_, group))
+        group.clear()
+        return 1

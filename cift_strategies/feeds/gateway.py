@@ -115,12 +115,13 @@ class Gateway:
     """Plays `files` to any number of clients that know `key`; `speed` 0 is unthrottled.
 
     `clients`: sessions that must have started before time does. `hold`: keep the line open, with heartbeats, when the files are at their
-    end; else it is closed. `faults` are added to by :meth:`misbehave`. Raises InputError for files that cannot be played.
+    end; else it is closed. `patience_s`: for a client that takes nothing, as while its models compile kernels. `faults` are added to
+    by :meth:`misbehave`. Raises InputError for files that cannot be played.
     """
 
     def __init__(
         self, files: Sequence[Path], *, host: str = "127.0.0.1", port: int = 0, http_port: int = 0, key: str = DEMO_KEY, speed: float = 1.0,
-        faults: Sequence[Fault] = (), clients: int = 1, hold: bool = True, patience_s: float = 60.0,
+        faults: Sequence[Fault] = (), clients: int = 1, hold: bool = True, patience_s: float = 300.0,
     ) -> None:  # fmt: skip
         if not (len(key) == 32 and key.startswith("db-") and key.isascii()):
             raise InputError("the gateway's key has not the form of Databento's: 32 characters, the first of them db-")

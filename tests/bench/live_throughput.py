@@ -1,9 +1,10 @@
 """A live session on an unthrottled gateway with all five members on: records a second, what was lost and skipped, and the CPU it took.
 
-`python -m uv run python tests/bench/live_throughput.py [--seconds 60]` makes a market that is long enough and trains the models on the demo
-market, both once (minutes; they are kept in the store), runs `run_live.py --speed 0` on them and prints a line every five seconds and one
-of JSON. A record is one that the gateway sends; the node makes an event of most. CPU is that of the session's processes and their threads
-while it streams, the node's start left out. Needs Linux. On a machine that does nothing else.
+`python -m uv run python tests/bench/live_throughput.py [--seconds 60] [--speed 0]` makes a market that is long enough and trains the models
+on the demo market, both once (minutes; they are kept in the store), runs `run_live.py` on them and prints a line every five seconds and one
+of JSON; at another speed than 0 (unthrottled) its stages tell how long each takes where nothing waits. A record is one that the gateway
+sends; the node makes an event of most. CPU is that of the session's processes and their threads while it streams, the node's start left
+out. Needs Linux. On a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ def spent(pid: int) -> Counter[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--speed", type=float, default=0.0, help="times the market's own pace; 0: as fast as it is read")
     parser.add_argument("--artifacts", type=Path, help="trained models instead of those of the demo market")
     asked = parser.parse_args()
     files, ratio = market(asked.seconds)
@@ -84,7 +86,7 @@ def main() -> None:
         artifacts = asked.artifacts or models(state)
         config = Path(folder) / "live.toml"
         config.write_text(f"dbn = {json.dumps([str(p) for p in files])}\nartifacts = {json.dumps(str(artifacts))}\n")
-        command = [sys.executable, "run_live.py", "--config", str(config), "--speed", "0", "--duration", str(asked.seconds)]
+        command = [sys.executable, "run_live.py", "--config", str(config), "--speed", str(asked.speed), "--duration", str(asked.seconds)]
         command += ["--state", str(state)]
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         began, over = threading.Event(), threading.Event()
@@ -113,6 +115,7 @@ def main() -> None:
     print(json.dumps({
         "records": records, "seconds": round(took, 1), "records_per_second": round(records / took), "events": summary["feature_vectors"],
         "predictions": summary["predictions"], "orders": summary["orders"], **told, "cpu_us_per_record": cpu,
+        "stages_ms": {s["stage"]: {q: s[f"{q}_ms"] for q in ("p50", "p99", "p999", "max")} for s in summary["live"]["stages"]},
         "cores": round(sum(s - first[name] for name, s in last.items()) / took, 2),
     }))  # fmt: skip
 

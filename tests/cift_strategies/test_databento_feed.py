@@ -18,11 +18,11 @@ from nautilus_trader.model import ActorId, InstrumentId
 
 from catalog.book import depth
 from catalog.errors import InputError
-from catalog.events import CANCEL, F_SNAPSHOT, MODIFY, SCALE, TRADE, Instrument, read_dbn, read_instruments_toml
+from catalog.events import CANCEL, F_LAST, F_SNAPSHOT, MODIFY, SCALE, TRADE, Instrument, read_dbn, read_instruments_toml
 from catalog.synthetic import MarketFiles, make_market
 from cift_models.features import NAMES, replay
 from cift_strategies.faults import Faults
-from cift_strategies.feeds import databento
+from cift_strategies.feeds import databento, direct
 from cift_strategies.feeds.direct import AHEAD, STEP
 from cift_strategies.feeds.gateway import DEMO_KEY
 from cift_strategies.feeds.mischief import Fault
@@ -79,6 +79,41 @@ def test_features_of_a_live_session_equal_those_of_its_file_to_the_last_bit(mark
     assert heard.n == len(events)
     assert_rows_equal(heard, events, replay(events, instruments))
     assert 0 < heard.link.ahead <= AHEAD + STEP  # the line is read no faster than the node works
+
+
+def test_a_node_that_is_behind_gets_changes_of_one_book_together(market: MarketFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same events in the same order, over all instruments, and the same features, as where each comes by itself."""
+    events, instruments = read_dbn(market.mbo[0])
+
+    async def session() -> Any:
+        async with playing(market.mbo) as gateway:
+            return await listen(gateway, instruments, lambda h: h.n >= len(events))
+
+    together = asyncio.run(session())
+    monkeypatch.setattr(direct, "BEHIND", len(events))
+    apart = asyncio.run(session())
+    assert (together.events == apart.events).all() and same(together.rows, apart.rows).all()
+    assert len(together.vectors) < 0.9 * len(apart.vectors)
+    whole = [v for v in together.vectors if v.events["action"][-1] != TRADE]
+    assert all(v.events["flags"][-1] & F_LAST for v in whole)
+
+
+def test_the_line_is_read_on_when_there_is_room(market: MarketFiles) -> None:
+    events, instruments = read_dbn(market.mbo[0])
+    asked: list[int] = []
+
+    async def room() -> None:
+        asked.append(len(asked))
+
+    def enough(heard: Any) -> bool:
+        heard.link.room = room
+        return bool(heard.n >= len(events))
+
+    async def session() -> Any:
+        async with playing(market.mbo) as gateway:
+            return await listen(gateway, instruments, enough)
+
+    assert asyncio.run(session()).n == len(events) and len(asked) >= (len(events) - 2 * AHEAD) // STEP > 10
 
 
 class Markets(DataActor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
@@ -161,6 +162,49 @@ def test_events_that_find_no_room_are_counted_and_the_stream_begins_anew(small: 
         for v in made[1_000:1_400]:
             serving.predict(v)
         serving.until(before + sum(len(v.closes) for v in made[1_000:1_400]))
+    finally:
+        serving.close()
+
+
+def stopped(serving: Asked, made: list[FeatureVector], held_up: bool) -> int:
+    """Feed a stream that waits for room to a process that stands still, which goes on once the stream is `held_up`. Events lost."""
+
+    async def feed() -> None:
+        for n, v in enumerate(made):
+            serving.predict(v)
+            if n % 256 == 0:
+                await serving.room()
+
+    async def both() -> None:
+        feeding = asyncio.ensure_future(feed())
+        while held_up and serving.ring.waiting <= serving.ring.capacity // 2 and not feeding.done():
+            await asyncio.sleep(0)
+        if held_up:
+            os.kill(serving.process.pid or 0, signal.SIGCONT)
+        await asyncio.wait_for(feeding, WAIT_S)
+
+    os.kill(serving.process.pid or 0, signal.SIGSTOP)
+    asyncio.run(both())
+    os.kill(serving.process.pid or 0, signal.SIGCONT)
+    return serving.lost
+
+
+def test_a_stream_that_can_wait_loses_nothing_to_models_that_are_late(small: Small, session: Any) -> None:
+    made, _, table = session
+    serving = Asked(small, table, capacity=2_048)
+    try:
+        assert stopped(serving, made, True) == 0
+        serving.until(sum(len(v.closes) for v in made))
+    finally:
+        serving.close()
+
+
+def test_a_stream_does_not_wait_for_models_that_do_nothing(small: Small, session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cift_strategies.serving.STUCK_S", 0.0)
+    made, _, table = session
+    serving = Asked(small, table, capacity=2_048)
+    try:
+        assert stopped(serving, made, False) > 0
     finally:
         serving.close()
 
