@@ -266,7 +266,7 @@ class Fold:
                 else:
                     self.fits[name] = made
         if not self.fits:
-            raise InputError("too little data to train on: " + "; ".join(left) + ": give a longer range")
+            raise InputError("too little data to train on, give a longer range: " + "; ".join(left))
         place = self.work.step(f"fold-{self.number}-weighed", lambda part: self._weigh(part, what, seeds, left))
         found: dict[str, Any] = json.loads((place / TOLD).read_text())
         return found
