@@ -7,6 +7,7 @@ it follows the measures better but votes no better (docs/measurements.md).
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -163,6 +164,11 @@ class Measures:
         return x[keep], inst[keep], ts[keep]
 
 
+def _breaks(end: I64, inst: I64 | None = None) -> I64:
+    """Where a sequence of seconds that end at `end` (n,) ns begins anew: after a silence, or with another instrument."""
+    return np.flatnonzero((np.diff(end) != SCALE) | (False if inst is None else np.diff(inst) != 0)) + 1
+
+
 def _column(block: Block, i: int) -> F64:
     return np.ascontiguousarray(block.rows[:, i], np.float64)
 
@@ -214,7 +220,7 @@ class Hmm:
                 scale[k] = np.where(np.isfinite(spread) & (spread > 1e-6), spread, 1.0)
         z = np.clip((x - centre[inst]) / scale[inst], -CLIP, CLIP)
         order = np.lexsort((end, inst))
-        cuts = np.flatnonzero((np.diff(inst[order]) != 0) | (np.diff(end[order]) != SCALE)) + 1
+        cuts = _breaks(end[order], inst[order])
         lengths = np.diff(np.concatenate([[0], cuts, [len(order)]]))
         chain = fit_chain(z[order], lengths.tolist(), study.seed, config, None if start is None else start.chain)
         tick = np.array([i.tick / SCALE for i in study.instruments])
@@ -229,15 +235,17 @@ class Hmm:
             mine = inst == k
             if not mine.any():
                 continue
-            z = np.clip((x[mine] - self.centre[k]) / self.scale[k], -CLIP, CLIP)
+            z, ends = np.clip((x[mine] - self.centre[k]) / self.scale[k], -CLIP, CLIP), end[mine]
             states = np.empty((len(z), len(self.chain.start)))
-            filter_all(z, *self.chain, states)
+            for a, b in itertools.pairwise([0, *_breaks(ends), len(z)]):  # a long silence forgets the regime, here as in `predict`
+                filter_all(z[a:b], *self.chain, states[a:b])
             seen = by_regime(states)
             for h in study.usable:
                 y = study.classes(h)
                 rows = np.concatenate([r[table.instrument[r] == k] for r in (study.fit_rows(h), study.calibration_rows(h))])
-                at = np.searchsorted(end[mine], table.ts[rows], side="right") - 1
-                rows, at = rows[at >= 0], at[at >= 0]
+                at = np.searchsorted(ends, table.ts[rows], side="right") - 1
+                known = (at >= 0) & (ends[at] == table.ts[rows] // SCALE * SCALE)  # not those before a first second has ended
+                rows, at = rows[known], at[known]
                 if not len(rows):
                     continue
                 # overlapping labels count as the independent ones that they are worth

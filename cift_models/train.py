@@ -266,7 +266,8 @@ class Fold:
                 else:
                     self.fits[name] = made
         if not self.fits:
-            raise InputError("too little data to train on: " + "; ".join(left) + ": give a longer range")
+            more = "" if what.usable else ": give a longer range"  # members say themselves what they lack
+            raise InputError("no member can be trained on this range: " + "; ".join(left) + more)
         place = self.work.step(f"fold-{self.number}-weighed", lambda part: self._weigh(part, what, seeds, left))
         found: dict[str, Any] = json.loads((place / TOLD).read_text())
         return found

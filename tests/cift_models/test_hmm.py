@@ -305,6 +305,19 @@ def test_after_a_long_silence_the_regime_is_forgotten(trained):
     assert np.isnan(proba[soon]).all()
 
 
+def test_the_votes_are_fitted_to_the_regimes_that_predict_sees(trained):
+    """On both sides of the long silence, and not in the first second after it: P(class | regime) is that of the member's own stream."""
+    hmm, block, _, study = trained
+    seen, config = predictions(hmm, block)[2], Config()
+    for k, h in itertools.product(range(2), study.usable):
+        rows = np.concatenate([study.fit_rows(h), study.calibration_rows(h)])
+        rows = rows[(study.table.instrument[rows] == k) & np.isfinite(seen[rows, 0])]
+        y, worth = study.classes(h)[rows], study.independent(rows, h) / len(rows)
+        rates = (np.bincount(y, minlength=3) / len(y) + 0.01) / 1.03
+        weighed = worth * np.stack([seen[rows][y == c].sum(axis=0) for c in range(3)], axis=1) + config.pseudo * rates
+        assert np.allclose(hmm.table[k, :, h], weighed / (worth * seen[rows].sum(axis=0)[:, None] + config.pseudo), atol=1e-12)
+
+
 def test_saved_and_loaded_unchanged(trained, tmp_path):
     hmm, block, _, _ = trained
     hmm.save(tmp_path)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,6 +88,19 @@ def test_ablate_prints_a_line_for_each_member_and_horizon(market, trained):
     text = run("ablate", "--catalog", market, "--artifacts", trained)
     for name in ("hmm", "fusion"):
         assert f"{found['members'][name]['500ms']['cost']['mean']:+.5f}" in text and f"{name}: votes in " in text
+
+
+def test_too_little_data_and_one_instrument_are_told_as_a_user_reads_it(market, tmp_path):
+    """A process of its own: exit code 2, one line without a traceback. And the member that needs two instruments says so, whole."""
+    few = quote_catalog(tmp_path / "few", updates=300)
+    words = [sys.executable, "-m", "cift_models", "train", "--catalog", str(few), "--out", str(tmp_path / "a")]
+    got = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    said = [line for line in got.stderr.splitlines() if not line.startswith("features and labels")]
+    assert got.returncode == 2 and not got.stdout and len(said) == 1 and not (tmp_path / "a").exists()
+    assert re.fullmatch(r"error: \d+ decisions in the training range, 1000 are needed \(.*\): give a longer range", said[0])
+    with pytest.raises(InputError) as told:
+        run("train", "--catalog", market, "--symbols", "A.X", "--only", "gnn", "--folds", 1, "--out", tmp_path / "b")
+    assert str(told.value).endswith("a cross-asset graph needs two instruments, there is one: it abstains; name more to have it vote")
 
 
 @pytest.mark.parametrize(
