@@ -25,8 +25,12 @@ ANSWER_S: Final = 5.0  # within which a cluster's port has to answer
 SETTINGS: Final = b"\4"  # the type of the frame with which both sides of HTTP/2, and so of gRPC, begin (RFC 9113, 3.4)
 HELLO: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + SETTINGS + bytes(5)
 ONE_THREAD: Final = {
-    name: "1" for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
-}
+    name: "1"
+    for name in (
+        "OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS",
+        "TOKIO_WORKER_THREADS",  # NautilusTrader's, which read ahead: else one for each core in every process
+    )
+}  # fmt: skip
 
 type Done = tuple[Any, str | None, str | None]  # the job; what the user can mend; the traceback of a fault of ours
 
