@@ -7,6 +7,7 @@ and raw arrays and are made again only from classes of this project or of named 
 
 from __future__ import annotations
 
+import ast
 import fcntl
 import hashlib
 import importlib
@@ -14,7 +15,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -131,6 +132,32 @@ def code_key(paths: Sequence[str] = ()) -> dict[str, str]:
     return {"sources": sha256_of(files), "python": sys.version.split()[0], **{name: version(name) for name in LIBRARIES}}
 
 
+def sources_of(module: str, apart: Collection[str] = ()) -> list[Path]:
+    """Files of the package of `module` that it runs on: its own and those that it imports, anywhere in the code and at any depth. Modules
+    `apart` are left out, and with them what they alone import."""
+    package, root = module.partition(".")[0], Path(__file__).resolve().parents[1]
+    found, todo = set[Path](), [module]
+    while todo:
+        name = todo.pop()
+        path = root.joinpath(*name.split("."))
+        path = path / "__init__.py" if path.is_dir() else path.with_name(f"{path.name}.py")
+        if name in apart or path in found or not path.is_file():  # the last: a name within a module
+            continue
+        found.add(path)
+        todo += filter(None, [name.rpartition(".")[0]])  # the package is run before its module
+        nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+        while nodes:
+            node = nodes.pop()
+            if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+                continue
+            if isinstance(node, ast.ImportFrom) and node.module:
+                todo += [x for x in (node.module, *(f"{node.module}.{a.name}" for a in node.names)) if x.partition(".")[0] == package]
+            elif isinstance(node, ast.Import):
+                todo += [a.name for a in node.names if a.name.partition(".")[0] == package]
+            nodes += ast.iter_child_nodes(node)
+    return sorted(found)
+
+
 def data_key(root: str | Path) -> dict[str, Any]:
     """What is read: a digest of names, sizes and times of change of the files of a catalog."""
     files = [(f.relative_to(root).as_posix(), f.stat()) for f in sorted(Path(root).rglob("*")) if f.is_file()]
@@ -229,4 +256,4 @@ def _object(path: str, fields: dict[str, Any], modules: Sequence[str]) -> Any:
     return made
 
 
-__all__ = ["Work", "code_key", "data_key", "pack", "unfinished", "unpack"]
+__all__ = ["Work", "code_key", "data_key", "pack", "sources_of", "unfinished", "unpack"]

@@ -31,7 +31,7 @@ HEADS: Final = {  # anchor -> link, title, what the reader looks at
         "Forecasts beside baselines",
         "Out of sample. Gain is the log-loss saved against the best baseline (persistence, time of day, level-1 logistic regression), with "
         "block-bootstrap intervals: one that reaches zero shows nothing. Pays: moves larger than the spread. Net ticks: mean signed move "
-        "of the decisions with a direction, less the spread.",
+        "of the decisions with a direction, less the spread. Eff. labels: those that do not overlap.",
     ),
     "calibration": (
         "Calibration",

@@ -35,7 +35,11 @@ HEADS: Final = {  # anchor -> link, title, what the reader looks at
         "Data quality, decisions, and what was left out",
         "Records are counted while they are read; none is dropped in silence.",
     ),
-    "tearsheet": ("Tearsheet", "NautilusTrader tearsheet", "Nautilus's own statistics and charts of the same run."),
+    "tearsheet": (
+        "Tearsheet",
+        "NautilusTrader tearsheet",
+        "Nautilus's own statistics and charts of the same run. Nan: it takes returns by the day, of which there are too few.",
+    ),
     "again": (
         "Digest",
         "How to make this run again",
@@ -172,8 +176,20 @@ def nautilus(page: Page, done: Finished) -> None:
     page.section("tearsheet", HEADS["tearsheet"], f'<div class="scroll">{chart}</div>')
 
 
-def command_of(config: Mapping[str, Any]) -> str:
-    """The command line that asks for a run with this configuration; what is not given or at its default is not said."""
+TOLD: Final = (
+    "catalog", "instruments", "start", "end", "train_fraction", "artifacts", "altdata", "latency_ms", "device", "seed",
+)  # fmt: skip
+
+
+def command_of(config: Mapping[str, Any]) -> str | None:
+    """The command line that asks for a run with this configuration; what is not given or at its default is not said. None where it needs a
+    setting for which there is no option."""
+    from cift_strategies.backtest import RunConfig
+
+    usual = RunConfig.model_validate({}).model_dump(mode="json")
+    options = {*TOLD, "dbn", "polygon", "symbols", "databento", "record_schema", "out"}
+    if any(config.get(k, v) != v for k, v in usual.items() if k not in options):
+        return None
     said = ["python", "-m", "uv", "run", "run_backtest.py"]
     for path in config.get("dbn") or ():
         said += ["--dbn", str(path)]
@@ -182,9 +198,7 @@ def command_of(config: Mapping[str, Any]) -> str:
             said += [f"--{name}", ",".join(config[name])]
     if config.get("databento"):
         said += ["--databento", str(config["databento"]), "--schema", str(config.get("record_schema", "mbo"))]
-    for name in (
-        "catalog", "instruments", "start", "end", "train_fraction", "artifacts", "altdata", "latency_ms", "device", "seed",
-    ):  # fmt: skip
+    for name in TOLD:
         if config.get(name) not in (None, "auto"):
             said += [f"--{name.replace('_', '-')}", str(config[name])]
     return shlex.join(said)
@@ -218,8 +232,9 @@ def again(page: Page, done: Finished) -> None:
     script = "run_live.py" if live else "run_backtest.py"
     page.files["config.toml"] = toml({("schema" if k == "record_schema" else k): v for k, v in config.items() if k not in ("out", "state")})
     every = f"python -m uv run {script} --config OUT/config.toml"
-    command = f"<pre>{escape(every if live else command_of(config))}</pre>"
-    command += "" if live else f"<p>or, with every setting as it was: <code>{every}</code></p>"
+    short = None if live else command_of(config)
+    command = f"<pre>{escape(short or every)}</pre>"
+    command += "" if short is None else f"<p>or, with every setting as it was: <code>{every}</code></p>"
     settings = f"<details><summary>configuration</summary><pre>{escape(json.dumps(config, indent=2))}</pre></details>"
     page.section("again", HEADS["again"], command, table([], rows, kind="plain"), settings)
 

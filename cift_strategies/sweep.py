@@ -7,6 +7,7 @@ is told by the deflated Sharpe ratio, the probability of backtest overfitting an
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +26,7 @@ from numpy.typing import NDArray
 from catalog.errors import InputError
 from catalog.whole import replacing, sha256, sha256_of
 from cift_models.validate import groups, within
-from cift_models.work import code_key, data_key
+from cift_models.work import code_key, data_key, sources_of
 from cift_strategies.backtest import Plan, RunConfig, alternative, delay, give_back, need_cuda, plan, resolve, stream
 from cift_strategies.outcome import Traded
 from cift_strategies.overfitting import sharpe
@@ -39,6 +41,7 @@ from cift_strategies.workers import Processes, Ray, Workers
 TRADING: Final = {"strategy", "latency_ms", "order_latency_ms", "settings", "limits", "rule", "out", "pay"}  # keys that no model depends on
 NOTE: Final = "sweep.json"
 RUN: Final = "run.json"
+APART: Final = ("aside", "definitions", "pipeline", "report", "sweep_board", "sweep_result", "workers")  # sources that decide no run
 FINE: Final = 100_000  # parts of the traded time, by which a holdout is cut
 
 type I64 = NDArray[np.int64]
@@ -99,6 +102,8 @@ def execute(job: Job) -> None:
     p = replace(_plan(job), config=job.config)
     traded = _trade(job, p)
     give_back()  # a worker does not grow with its runs
+    if not gc.get_freeze_count():
+        gc.freeze()  # modules and what else stays: to look through them after each run was 6 % of its time
     positions = traded.positions
     with replacing(out) as part:
         stamps = {name: np.asarray(positions[name].cast("int64"), np.int64) for name in ("opened", "closed")}
@@ -176,8 +181,8 @@ class _Keys:
 
     def __init__(self, folder: Path, fast: bool) -> None:
         self._folder, self._fast = folder, fast
-        here = sorted(Path(__file__).parent.glob("*.py"))
-        self._code = {**code_key(), "strategies": sha256_of(here)}
+        here = sources_of(__name__, {f"{__package__}.{name}" for name in APART})
+        self._code = {**code_key(), "strategies": sha256_of(here), "nautilus_trader": version("nautilus_trader")}
         self._sources: dict[str, Source] = {}
         self._data: dict[Path, Any] = {}
         self._versions: dict[Path, str] = {}

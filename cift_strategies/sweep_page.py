@@ -5,7 +5,7 @@ One file that opens offline, in light and dark.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from typing import Any, Final
 
@@ -25,12 +25,12 @@ _LOOK: Final = """
 :root{--bg:#f6f6f3;--card:#fff;--ink:#1b1f24;--muted:#646a73;--line:#e4e4de;color-scheme:light dark}
 @media(prefers-color-scheme:dark){:root{--bg:#0f1114;--card:#181b20;--ink:#e9ebee;--muted:#99a1ab;--line:#2b3038}}
 body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.5 Inter,system-ui,sans-serif;font-variant-numeric:tabular-nums}
-main{max-width:1160px;margin:0 auto;padding:24px 20px}h1{font-size:27px;margin:0}h2{font-size:18px;margin:0 0 8px}
+main{max-width:1160px;margin:0 auto;padding:24px 20px}h1{font-size:27px;margin:0;overflow-wrap:anywhere}h2{font-size:18px;margin:0 0 8px}
 section{background:var(--card);border:1px solid var(--line);border-radius:14px;padding:18px 22px;margin:16px 0;break-inside:avoid}
 p{margin:6px 0;max-width:110ch}.note{color:var(--muted);font-size:13.5px}.scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:13.5px;width:100%}
 th,td{padding:5px 12px 5px 0;text-align:right;border-bottom:1px solid var(--line)}
-th{color:var(--muted);font-weight:500}th:first-child,td:first-child{text-align:left}tr.best td{font-weight:650}
+th{color:var(--muted);font-weight:500}th:first-child,td:first-child{text-align:left}tr.lead td{font-weight:650}
 .wide{min-width:720px}.parcoords text{text-shadow:none!important}a{color:#2a7de1}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:8px 26px}.two>*{min-width:0}
 """
@@ -54,11 +54,17 @@ def render(
     parts.append(_section("All runs", f'<div class="scroll"><div class="wide">{drawn}</div></div>', note))
     links = ", ".join(f'<a href="{name}/report.html">{name} run</a>' for name in result["reports"])
     more = f"<p>The whole report of each: {links}.</p>" if links else ""
-    parts.append(_section("Best and median run", more + _side_by_side(rows, best, median, matrix, numbers)))
+    units = f"Net of fees. Periods: {result['periods']:,} of equal length over the hours in which runs are compared. Sharpe: of a period. "
+    units += "Return: % of the capital. Fees, PnL and drawdown: money, over all of a run's time."
+    parts.append(_section("Best and median run", more + _side_by_side(rows, best, median, matrix, numbers), units))
     parts.append(_section("Chosen in one half of the time, judged in the other", _overfitting(over)))
     if result["validation"] is not None:
-        parts.append(_section(f"Validation: {METHODS[result['validation']['method']]}", _folds(result["validation"])))
-    parts.append(_section("Table", _table(result, rows)))
+        v = result["validation"]
+        note = f"The time is cut into {v['groups']} equal groups. Each row: the run that was best by {result['objective']} in the "
+        note += "groups it was chosen on, and what it was worth in the judged ones. Purged: positions left out of choosing because their "
+        note += "life meets a judged group."
+        parts.append(_section(f"Validation: {METHODS[v['method']]}", _folds(v), note))
+    parts.append(_section("Table", _table(result, rows), "The best and the median run stand out."))
     title = escape(f"Sweep: {len(rows)} runs over {', '.join(result['parameters'])}")
     script = str(get_plotlyjs()).replace("</script", "<\\/script")
     return (
@@ -87,7 +93,7 @@ def _parallel(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> A
     objective = str(result["objective"])
     columns: list[tuple[str, list[Any]]] = [(k, [r["parameters"][k] for r in rows]) for k in result["parameters"]]
     figures = dict.fromkeys(("fills", "return", objective))
-    columns += [("return, %" if k == "return" else k, [_shown(k, r["figures"].get(k)) for r in rows]) for k in figures]
+    columns += [(_named(k), [_shown(k, r["figures"].get(k)) for r in rows]) for k in figures]
     dimensions = []
     for name, values in columns:
         label = name.rpartition(".")[2].replace("_", " ")
@@ -109,6 +115,10 @@ def _shown(name: str, value: Any) -> Any:
     return 100 * value if name == "return" and value is not None else value
 
 
+def _named(figure: str) -> str:
+    return "return, %" if figure == "return" else figure.replace("pnl_net", "net PnL").replace("_", " ")
+
+
 def _side_by_side(
     rows: Sequence[Mapping[str, Any]], best: Trial, median: Trial, matrix: NDArray[np.float64], numbers: Sequence[int]
 ) -> str:
@@ -125,11 +135,10 @@ def _side_by_side(
         body = _draw(figure)
     else:
         body = "<p class=note>The runs cover no common time: there are no curves to compare.</p>"
-    names = dict.fromkeys([*best.point, *(k for _, t, _, _ in chosen for k in by[t.number]["figures"])])
-    lines = [
-        (k, *(t.point[k] if k in t.point else by[t.number]["figures"].get(k) for _, t, _, _ in chosen)) for k in names
-    ]  # fmt: skip
-    return body + _rows(("", f"best: run {best.number}", f"median: run {median.number}"), [(k, *map(short, v)) for k, *v in lines])
+    lines: list[tuple[str, ...]] = [(k, *(short(t.point[k]) for _, t, _, _ in chosen)) for k in best.point]
+    both = [by[t.number]["figures"] for _, t, _, _ in chosen]
+    lines += [(_named(k), *(short(_shown(k, f.get(k))) for f in both)) for k in dict.fromkeys(k for f in both for k in f)]
+    return body + _rows(("", f"best: run {best.number}", f"median: run {median.number}"), lines)
 
 
 def _overfitting(over: Overfitting | None) -> str:
@@ -140,7 +149,8 @@ def _overfitting(over: Overfitting | None) -> str:
     shown = slice(None, None, max(1, len(over.logit) // 3000))
     scatter = go.Figure(layout={"height": 340, "xaxis": {"title": "Sharpe, chosen half"}, "yaxis": {"title": "Sharpe, other half"}})
     scatter.add_scatter(x=over.inside[shown], y=over.outside[shown], mode="markers", marker={"color": BEST, "size": 4, "opacity": 0.35})
-    logit = go.Figure(layout={"height": 340, "xaxis": {"title": "logit of its rank there (0: the median)"}})
+    across, up = {"title": "logit of its rank there (0: the median)"}, {"title": "ways of cutting"}
+    logit = go.Figure(layout={"height": 340, "xaxis": across, "yaxis": up})
     logit.add_histogram(x=over.logit, marker={"color": MEDIAN})
     said = "Each dot is one way of cutting the time in two: the run that is best in one half, and what it is worth in the other. "
     said += f"Left of zero on the right, its rank there is below the median: {over.pbo:.0%} of the ways."
@@ -161,14 +171,17 @@ def _table(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     shown = ("sharpe", "return", "fills", "fees", "pnl_net", "max_drawdown", "hit_rate")
     names = dict.fromkeys(k for k in (*shown, result["objective"]) if any(k in r["figures"] for r in rows))
     lines = [
-        (str(r["run"]), *(short(r["parameters"][k]) for k in result["parameters"]), *(short(r["figures"].get(k)) for k in names))
+        (str(r["run"]), *(short(r["parameters"][k]) for k in result["parameters"]), *(short(_shown(k, r["figures"].get(k))) for k in names))
         for r in ranked[:ROWS]
     ]  # fmt: skip
+    lead = {i for i, r in enumerate(ranked[:ROWS]) if r["run"] in (result["best"], result["median"])}
     note = f'<p class="note">The {ROWS} best of {len(rows)}; all are in sweep.parquet.</p>' if len(rows) > ROWS else ""
-    return note + _rows(("run", *result["parameters"], *names), lines)
+    return note + _rows(("run", *result["parameters"], *map(_named, names)), lines, lead)
 
 
-def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _rows(head: Sequence[str], rows: Sequence[Sequence[str]], lead: Collection[int] = ()) -> str:
     top = "".join(f"<th>{escape(h)}</th>" for h in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    body = "".join(
+        f"<tr{' class=lead' if i in lead else ''}>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for i, row in enumerate(rows)
+    )
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'

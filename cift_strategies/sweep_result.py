@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from cift_models import artifacts
 from cift_models.validate import Fold, cpcv, expanding, groups, paths, within
 from cift_strategies.overfitting import pbo, sharpe
 from cift_strategies.performance import deflated_sharpe
@@ -71,6 +72,7 @@ def conclude(asked: Asked, trials: Sequence[Trial], out: Path) -> dict[str, Any]
         },
         "reports": ["best", "median"][: len({best.number, median.number})] if s.reports else [],
         "validation": judged,
+        "models": None if judged is None else _models(unique, int(hours[0, 0])),
         "holdout": _held_out(best, s) if s.holdout else None,
         "table": [_row(t, s) for t in trials],
     }  # fmt: skip
@@ -178,6 +180,13 @@ def _judged(v: Validation, objective: str, sign: float, trials: Sequence[Trial],
     }  # fmt: skip
 
 
+def _models(trials: Sequence[Trial], since: int) -> dict[str, Any]:
+    """On what the models of the runs were trained, [start, end] ns, and whether all of it was before `since`, the first judged group."""
+    places = {t.job.config.artifacts or artifact_of(t.job) for t in trials}
+    ranges = sorted((int(r["start"]), int(r["end"])) for r in (artifacts.read(p).manifest["range"] for p in places if p is not None))
+    return {"ranges": [list(r) for r in ranges], "before": all(end < since for _, end in ranges)}
+
+
 def _of(chosen: tuple[int, Fold]) -> tuple[int, NDArray[np.int64]]:
     return chosen[0], chosen[1].test
 
@@ -212,12 +221,19 @@ def _told(r: Mapping[str, Any], best: Trial, median: Trial, objective: str) -> l
             f"{short(v['worst'])}; "
             f"{v['runs_chosen']} different runs were chosen in {len(v['folds'])} folds."
         )
+        if r["models"]["before"]:
+            lines.append(
+                "Models were trained once, before the first of these groups, and not again from fold to fold: the folds judge which run "
+                "was chosen, not how its models were trained."
+            )
+        else:
+            lines.append("Models were trained on data later than the first of these groups: none of these figures is out of their sample.")
     if (h := r["holdout"]) is not None:
         p = h["probability"]
         sure = "nothing to test: the returns do not vary" if p is None else f"above zero with probability {p:.3f}"
         lines.append(
             f"Holdout, the last {h['share']:.0%} of the time, which nothing was chosen on: run {best.number} has a Sharpe ratio of "
-            f"{short(h['sharpe'])} a period there ({sure}), return {short(h['return'])}, {h['positions']} positions."
+            f"{short(h['sharpe'])} a period there ({sure}), return {short(100 * h['return'])} %, {h['positions']} positions."
         )
     return lines
 

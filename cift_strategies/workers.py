@@ -22,9 +22,15 @@ from catalog.errors import InputError
 ATTEMPTS: Final = 3  # of a job that ends its process
 LIFE: Final = 400  # jobs of a process, after which it is begun afresh: the engine keeps some 0.1 MB of each run
 ANSWER_S: Final = 5.0  # within which a cluster's port has to answer
+SETTINGS: Final = b"\4"  # the type of the frame with which both sides of HTTP/2, and so of gRPC, begin (RFC 9113, 3.4)
+HELLO: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + SETTINGS + bytes(5)
 ONE_THREAD: Final = {
-    name: "1" for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
-}
+    name: "1"
+    for name in (
+        "OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS",
+        "TOKIO_WORKER_THREADS",  # NautilusTrader's, which read ahead: else one for each core in every process
+    )
+}  # fmt: skip
 
 type Done = tuple[Any, str | None, str | None]  # the job; what the user can mend; the traceback of a fault of ours
 
@@ -190,7 +196,18 @@ class Ray:
 
 
 def _reach(address: str) -> None:
-    """Raises OSError where nobody listens at HOST:PORT: Ray itself would wait for minutes, and then end the process."""
+    """Raises OSError where nobody listens at HOST:PORT, or something that does not speak gRPC: Ray itself would wait for minutes, and then
+    end the process."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
-    if host and port.isdecimal():  # else "auto", or what Ray refuses at once
-        socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
+    if not host or not port.isdecimal():  # "auto", or what Ray refuses at once
+        return
+    with socket.create_connection((host.strip("[]"), int(port)), ANSWER_S) as line:
+        if os.environ.get("RAY_USE_TLS", "0") not in ("0", "false", "False"):
+            return
+        line.sendall(HELLO)
+        try:
+            answer = line.recv(9, socket.MSG_WAITALL)
+        except OSError:
+            answer = b""
+        if answer[3:4] != SETTINGS:
+            raise OSError("something else listens there")

@@ -16,7 +16,7 @@ from catalog.events import EVENT
 from cift_models.ensemble import available, member_class
 from cift_models.labels import walk_forward
 from cift_models.train import study
-from cift_models.work import code_key, data_key, pack, unfinished, unpack
+from cift_models.work import code_key, data_key, pack, sources_of, unfinished, unpack
 
 KEY = {"command": {"seed": 1}, "data": {"digest": "a"}, "code": {"sources": "b"}}
 
@@ -140,3 +140,10 @@ def test_the_key_follows_what_is_read_and_what_computes(tmp_path):
     (tmp_path / "y").write_text("1")
     assert data_key(tmp_path) != before
     assert code_key() == code_key() != code_key([f"{__name__}:Pair"])
+
+
+def test_sources_of_a_module_are_what_it_imports_anywhere_but_for_what_stands_apart():
+    names = {p.stem for p in sources_of("cift_models.hmm")}
+    assert {"hmm", "hmm_chain", "windows", "__init__"} <= names and not names & {"gnn", "transformer", "events"}
+    assert "hmm" in {p.stem for p in sources_of("cift_models.train")}  # by way of functions that import it
+    assert "hmm_chain" not in {p.stem for p in sources_of("cift_models.hmm", {"cift_models.hmm_chain"})}

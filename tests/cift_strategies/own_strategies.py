@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,3 +85,11 @@ class Mortal(Eager):
                 continue
             os.kill(pid, signal.SIGKILL)
         return super().decide(p)
+
+
+def trade_and_tell(job: Any) -> None:
+    """The work of a sweep's process, which then writes down what it has loaded for it."""
+    from cift_strategies.sweep import execute
+
+    execute(job)
+    (job.folder / "loaded.json").write_text(json.dumps([m for m in sys.modules if m.partition(".")[0] == "cift_strategies"]))

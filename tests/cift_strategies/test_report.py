@@ -22,6 +22,7 @@ import pytest
 from catalog.errors import InputError
 from catalog.events import SCALE, Instrument
 from cift_strategies import report, sections
+from cift_strategies.backtest import RunConfig
 from cift_strategies.finished import Finished, instant
 from cift_strategies.outcome import RunResult, Traded
 from cift_strategies.performance import (
@@ -571,10 +572,18 @@ def test_without_a_roll_the_report_says_nothing_of_rolls(out: Path, made: Any, c
 
 def test_the_command_line_of_a_run_is_spelt_out() -> None:
     config = {"dbn": ["a b.dbn.zst"], "instruments": "es.toml", "seed": 7, "latency_ms": 2.0, "device": "auto", "start": T0, "symbols": []}
-    said = sections.command_of(config)
+    said = str(sections.command_of(config))
     assert "--dbn 'a b.dbn.zst'" in said and "--latency-ms 2.0" in said and "--seed 7" in said and "--device" not in said
     assert f"--start {T0}" in said and "--symbols" not in said
-    assert "--symbols A,B" in sections.command_of({"symbols": ["A", "B"]})
+    assert "--symbols A,B" in str(sections.command_of({"symbols": ["A", "B"]}))
+
+
+def test_a_command_line_that_would_make_another_run_is_not_told() -> None:
+    """What has no option is in config.toml alone."""
+    usual = RunConfig().model_dump(mode="json")
+    assert sections.command_of(usual) == "python -m uv run run_backtest.py --seed 7"
+    for more in ({"settings": {**usual["settings"], "stop_multiple": 1.0}}, {"train": ["hmm"]}, {"order_latency_ms": 5.0}, {"rule": False}):
+        assert sections.command_of(usual | more) is None, more
 
 
 def test_the_terminal_table_shows_the_summary(made: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,14 +16,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import EAGER, Small
+from own_strategies import trade_and_tell
 
 from catalog.errors import InputError
+from cift_models import artifacts
+from cift_models.work import sources_of
 from cift_strategies.backtest import RunConfig
 from cift_strategies.overfitting import sharpe
 from cift_strategies.settings import configured
-from cift_strategies.sweep import Job, Trial, sweep
+from cift_strategies.sweep import APART, Job, Trial, _Keys, sweep
 from cift_strategies.sweep_file import Asked, proposals, read
-from cift_strategies.sweep_result import conclude, figures
+from cift_strategies.sweep_result import _models, conclude, figures
 from cift_strategies.workers import Processes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -233,6 +236,10 @@ def test_a_sweep_that_is_interrupted_and_killed_goes_on_where_it_stopped(
     assert 0 <= found["pbo"]["probability"] <= 1 and 0 <= found["deflated_sharpe"]["probability"] <= 1
     v = found["validation"]
     assert len(v["folds"]) == 6 and len(v["paths"]) == 3 and all(f["purged"] >= 0 for f in v["folds"])
+    first, last = (artifacts.read(small.artifact).manifest["range"][k] for k in ("start", "end"))
+    assert found["models"] == {"ranges": [[first, last]], "before": True} and any("trained once, before" in line for line in found["told"])
+    one = Trial(1, {}, Job("", RunConfig(artifacts=small.artifact), None, out, "", True))  # type: ignore[arg-type]
+    assert _models([one], last) == {"ranges": [[first, last]], "before": False}
     page = (out / "sweep.html").read_text()
     assert "parcoords" in page and all(line.split(".")[0] in page for line in found["told"]) and "src=" not in page.split("<body>")[1]
     best = configured(RunConfig, out / "best.toml", {})
@@ -286,6 +293,23 @@ def test_models_are_trained_once_for_all_runs_and_the_best_and_the_median_one_ar
     before = {name: (out / name / "report.html").stat() for name in ("best", "median")}
     assert sweep(path, {"out": out}) == found
     assert all((out / name / "report.html").stat() == s for name, s in before.items())  # made once
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_kept_run_is_that_of_all_sources_that_decide_it_and_of_no_others(
+    small: Small, predicted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    """What a process has loaded that has traded; only what shows runs and hands them out is apart."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    job, workers = _Keys(begun(tmp_path, predicted), fast).job(RunConfig(catalog=small.catalog, artifacts=small.artifact)), Processes(1)
+    try:
+        assert [d[1:] for d in workers.run(trade_and_tell, [job])] == [(None, None)]
+    finally:
+        workers.close()
+    took = {m.rpartition(".")[2] for m in json.loads((tmp_path / "loaded.json").read_text())} - {"cift_strategies"}
+    counted = {p.stem for p in sources_of("cift_strategies.sweep", {f"cift_strategies.{name}" for name in APART})}
+    assert took - {*APART} <= counted and {"strategy", "risk", "fast", "backtest", "intake"} <= counted
+    assert not counted & {"report", "charts", "live", "page", "sweep_page", "sweep_board", "monitor", "venue"}
 
 
 def test_a_process_is_begun_afresh_after_its_life_of_jobs(monkeypatch: pytest.MonkeyPatch) -> None:

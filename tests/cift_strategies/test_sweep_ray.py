@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,3 +69,30 @@ def test_one_line_says_that_no_cluster_answers(address: str, monkeypatch: pytest
     with pytest.raises(InputError, match="no Ray cluster answers") as caught:
         Ray(asked)
     assert asked in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("answer", [None, b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+def test_one_line_says_that_a_port_is_not_of_ray(answer: bytes | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port that says nothing, hangs up or answers in another protocol."""
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("cift_strategies.workers.ANSWER_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def serve() -> None:
+            line, _ = other.accept()
+            lines.append(line)
+            if answer is not None:
+                line.recv(100)
+                line.sendall(answer)
+                line.close()
+
+        lines: list[socket.socket] = []
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(InputError, match=r"no Ray cluster answers.*something else listens there") as caught:
+            Ray(f"127.0.0.1:{other.getsockname()[1]}")
+        thread.join()
+        for line in lines:
+            line.close()
+    assert "\n" not in str(caught.value)
