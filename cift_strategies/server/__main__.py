@@ -19,14 +19,14 @@ import uvicorn
 
 from catalog.errors import InputError, exit_code, run_typer
 from cift_strategies.server.app import make_app
-from cift_strategies.server.guard import LOCAL, Guard, Rates, token
+from cift_strategies.server.guard import LOCAL, Guard, Rates, Requests, token
 from cift_strategies.server.link import Reader
 from cift_strategies.server.metrics import Metrics
 from cift_strategies.server.mirror import Mirror
 from cift_strategies.server.streams import Protocol
 from cift_strategies.server.window import Windows
 
-NICE: Final = 5  # the node goes before
+NICE: Final = 10  # the node goes before, and so do its models
 SENT: Final = 256 << 10  # bytes that the system holds for one client, so that a slow one is noticed
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -47,7 +47,7 @@ def serve(
     with_parent: Annotated[bool, typer.Option("--with-parent", hidden=True, help="end when standard input ends")] = False,
 ) -> None:
     if with_parent:
-        os.nice(NICE)
+        _go_behind()
     secret = token(state / "token")
     listener = listen(host, port)
     where = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{listener.getsockname()[1]}"
@@ -60,10 +60,18 @@ def serve(
     guarded = metrics.meter(Guard(routes, secret, names, tuple(origin or ()), everything, Rates()))
     config = uvicorn.Config(
         guarded, log_config=None, access_log=False, lifespan="off", ws=Protocol, ws_max_size=64 << 10,
-        ws_per_message_deflate=False, server_header=False, timeout_graceful_shutdown=2, h11_max_incomplete_event_size=64 << 10,
+        ws_per_message_deflate=False, server_header=False, timeout_graceful_shutdown=2, http=Requests,
     )  # fmt: skip
     told = {"url": where, "token_file": str((state / "token").resolve())}
     asyncio.run(_run(_Server(config), listener, reader, told, with_parent))
+
+
+def _go_behind() -> None:
+    """Yield to the node. This process's own priority counts within its session only, where Linux gives each session the same share
+    (autogroups, sched(7)), so its session's is lowered too."""
+    os.nice(NICE)
+    with contextlib.suppress(OSError):  # there are none here
+        Path("/proc/self/autogroup").write_text(str(NICE))
 
 
 def listen(host: str, port: int) -> socket.socket:
