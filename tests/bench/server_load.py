@@ -4,8 +4,8 @@
     python tests/bench/server_load.py URL --rate 500 --seconds 20           # requests, failures, p50 and p99 of the time to answer
 
 Without --seconds it takes turns: at a line on standard input it connects and says "ready" when all are connected, at the next it stops,
-tells what was, and waits for another. Two processes, so that reading messages does not delay the clock of the requests. Both stand for other
-machines and have to take as little as they can of this one: bare sockets, no event loop, and listeners go behind everything else.
+tells what was, and waits for another. Two processes, so that reading messages does not delay the clock of the requests. Both stand for
+other machines and have to take as little as they can of this one: bare sockets, no event loop, and listeners go behind everything else.
 """
 
 from __future__ import annotations
