@@ -449,7 +449,7 @@ class EnsembleStrategy(Strategy):
         call = self.faults.guard(lambda _event: action())
         self.time.set_time_alert_ns(f"cift-{self._alerts}", ts, callback=call)
 
-    def _stamp(self, ts: int) -> int:
+    def stamp(self, ts: int) -> int:
         """A stamp of the engine's clock in the stream's time, ns."""
         return ts if self.terms.pace is None else self.terms.pace.stream(ts)
 
@@ -473,12 +473,12 @@ class EnsembleStrategy(Strategy):
             self.witness("order", (kind, k, role, number, event))
         if self.terms.journal is not None and (kind != "OrderFilled" or role == "seed"):
             trade = self.trades[k]
-            self.terms.journal.order(number, role, -1 if trade is None else trade.number, event, self._stamp(event.ts_event))
+            self.terms.journal.order(number, role, -1 if trade is None else trade.number, event, self.stamp(event.ts_event))
         if role == "seed":
             return
         vector, trade = self.last[k], self.trades[k]
         seen = (math.nan, math.nan) if vector is None else (vector.mid, vector.spread)
-        told = (self._stamp(event.ts_event), self.terms.instruments[k].id, number, -1 if trade is None else trade.number, role)
+        told = (self.stamp(event.ts_event), self.terms.instruments[k].id, number, -1 if trade is None else trade.number, role)
         self.order_log.append((*told, kind.removeprefix("Order"), *seen))
         if kind == "OrderFilled":
             self._filled(k, role, number, event)
@@ -526,7 +526,7 @@ class EnsembleStrategy(Strategy):
         whole, price = event.last_qty.raw // UNIT, event.last_px.raw / UNIT / SCALE
         size = whole if most is None else min(whole, most)
         fee = event.commission.as_double() * (size / whole) if event.commission is not None else 0.0
-        ts, units = self._stamp(event.ts_event), size / SCALE
+        ts, units = self.stamp(event.ts_event), size / SCALE
         vector = self.last[k]
         mid = math.nan if vector is None else vector.mid
         decided, trade_number = (math.nan, -1) if trade is None else (trade.decided_mid, trade.number)

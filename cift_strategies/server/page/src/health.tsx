@@ -14,6 +14,9 @@ const MEANS: Record<string, string> = {
   decision: "event to entry",
   fill: "entry to first fill",
   frame: "telling this page",
+  queue: "wait for the models",
+  predict: "models compute",
+  return: "back to the strategy",
 };
 
 const STAGES: Column<Stage>[] = [
