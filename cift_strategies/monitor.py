@@ -320,7 +320,8 @@ class Monitor(DataActor):
                 "id": str(order_id), "number": n, "symbol": self.present.table[k].id, "role": role, "side": 1 if order.is_buy else -1,
                 "type": _plain(order.order_type), "status": _plain(order.status), "size": order.quantity.as_double(),
                 "filled": order.filled_qty.as_double(), "price": None if price is None else price.as_double(),
-                "trigger": None if trigger is None else trigger.as_double(), "ts": order.ts_last, "open": not order.is_closed,
+                "trigger": None if trigger is None else trigger.as_double(), "ts": self.system.strategy.stamp(order.ts_last),
+                "open": not order.is_closed,
             })  # fmt: skip
             if self.trail is not None:
                 self.trail.order(k, told)

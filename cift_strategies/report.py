@@ -91,7 +91,7 @@ def _keep(page: Page, out: Path) -> None:
 
 def picture(page: str, png: Path, width: int = 1200, height: int = 1620, dark: bool = False) -> Path:
     """The upper part of the page at the address `page` as a PNG, taken by the Chromium of this machine: a report (file:) once it is drawn,
-    a running node's after some seconds. Raises InputError where there is no browser or no such page.
+    a running node's as it is now. Raises InputError where there is no browser or no such page.
     """
     more = [f"--window-size={width},{height}", f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
     return _browse(page, png, "--screenshot", more)
@@ -181,7 +181,7 @@ def main() -> None:
             raise InputError(f"{args.out} is the page of a node: say where its picture goes with --png FILE")
         if args.pdf or args.latencies:
             raise InputError(f"{args.out} is the page of a node: --pdf and --latencies take the folder of a finished run")
-        print(picture(args.out, args.png, 1600, 1100, args.dark))
+        print(picture(f"{args.out}#still", args.png, 1600, 1100, args.dark))
         return
     if args.latencies:
         from cift_strategies.latency import rerun

@@ -12,16 +12,19 @@ import secrets
 import stat
 import time
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import parse_qs
 
 from fastapi import HTTPException, Response
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from catalog.errors import InputError
 from cift_strategies.server.problems import problem
 
 BODY: Final = 8 << 20  # bytes of a request
+HEAD: Final = 64 << 10  # bytes of its first line and headers
 OPEN: Final = frozenset({"/health", "/ready"})  # need no token to be read
 READING: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 COOKIE: Final = "cift_token"
@@ -76,6 +79,42 @@ class Rates:
         return 0.0 if granted else (1 - left) / rate
 
 
+class Requests(HttpToolsProtocol):
+    """uvicorn's, with a bound on what it collects before the application is asked, and problem details where it never is."""
+
+    _taken, _asked = 0, False  # bytes of the request that comes in; whether its headers are whole
+
+    def data_received(self, data: bytes) -> None:
+        self._taken += len(data)
+        super().data_received(data)
+        if not self._asked and self._taken > HEAD and not self.transport.is_closing():
+            self._refuse(problem(431, f"the headers of a request may have {HEAD} bytes"))
+        elif self._taken > HEAD + 2 * BODY:
+            self.transport.close()  # it was answered at BODY, and does not end
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._asked = False
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        self._asked = True
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._taken, self._asked = 0, False
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(problem(400, msg))
+
+    def _refuse(self, answer: Response) -> None:
+        """Say why, and end the connection."""
+        headers = b"".join(b"%b: %b\r\n" % pair for pair in (*answer.raw_headers, (b"connection", b"close")))
+        status = f"HTTP/1.1 {answer.status_code} {HTTPStatus(answer.status_code).phrase}\r\n".encode()
+        self.transport.write(status + headers + b"\r\n" + bytes(answer.body))
+        self.transport.close()
+
+
 class Guard:
     """ASGI middleware. `hosts`: names by which the server may be called; `origins`: pages of other hosts that may open WebSockets."""
 
@@ -105,6 +144,10 @@ class Guard:
         answer = self._refusal(scope)
         if answer is not None:
             await answer(scope, receive, send)  # type: ignore[arg-type]
+        elif scope["method"] == "HEAD":  # as GET: uvicorn, whose scope goes on saying HEAD, sends the headers alone (RFC 9110, 9.3.2)
+            as_get = scope | {"method": "GET"}
+            await self._app(as_get, bounded, send)
+            scope["route"] = as_get.get("route")
         else:
             await self._app(scope, bounded, send)
 

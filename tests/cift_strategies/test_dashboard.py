@@ -171,6 +171,17 @@ def test_instruments_are_chosen_by_keyboard(page: Page, served: Served) -> None:
     expect(page.get_by_role("option", selected=True)).to_be_focused()
 
 
+def test_a_picture_shows_what_there_is_though_no_frame_has_come(browser: Browser, served: Served) -> None:
+    """Chromium takes it as soon as the page counts as loaded."""
+    context = browser.new_context()
+    page = context.new_page()
+    page.route_web_socket("**/frames", lambda _: None)  # open, and silent
+    page.goto(f"{served.url}#still", wait_until="load")
+    mid = page.evaluate("document.querySelector('[data-test=mid]')?.innerText")
+    assert mid == f"{served.http.get('/api/v1/snapshot').json()['instruments'][0]['mid']:,.3f}"
+    context.close()
+
+
 @pytest.mark.parametrize(("width", "height"), [(390, 844), (1_100, 900), (1_600, 1_000)])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_sticks_out(browser: Browser, served: Served, width: int, height: int, scheme: Any) -> None:

@@ -35,6 +35,7 @@ from cift_strategies.parts import read
 from cift_strategies.recording import NOTES
 from cift_strategies.risk import Ledger, Limits
 from cift_strategies.session_replay import run
+from cift_strategies.trail import read
 
 ROOT = Path(__file__).parents[2]
 WITHIN_S = 240  # guards against hanging, no more
@@ -265,6 +266,16 @@ def test_the_journal_holds_every_signal_order_event_and_fill(played: tuple[Path,
     events = dict(rows(state, "select event, count(*) from orders group by event"))
     assert events == summary["order_events"]
     assert rows(state, "pragma journal_mode") == [("wal",)]
+
+
+def test_each_step_of_a_trades_trail_is_in_the_streams_time(played: tuple[Path, str]) -> None:
+    entries = list(read(played[0] / "trail.jsonl"))
+    closed = {e["trade"]: e for e in entries if e["stage"] == "closed"}
+    assert closed
+    for trade, end in closed.items():
+        decided, *others = (e for e in entries if e["trade"] == trade)
+        assert decided["stage"] == "signal" and {"order", "fill", "closed"} == {e["stage"] for e in others}
+        assert all(decided["ts"] <= e["ts"] <= end["ts"] + 600 * 10**9 for e in others)  # brackets are taken away after the close
 
 
 def test_the_kill_file_cancels_and_flattens_and_nothing_is_entered_after(small: Small, tmp_path: Path) -> None:

@@ -220,6 +220,40 @@ def test_a_request_that_is_too_long_is_refused(served: Served) -> None:
     assert pieces.status_code == 413
 
 
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"A: b\r\n" * 20_000, 431),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nA: " + b"b" * 100_000, 431),
+        (b"GET /" + b"a" * 100_000, 431),
+        (b"NOTHING AT ALL\r\n\r\n", 400),
+        (b"GET /\xff HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    ],
+)  # fmt: skip
+def test_what_is_no_request_or_never_becomes_one_is_answered_and_ended(served: Served, sent: bytes, status: int) -> None:
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), GUARD_S) as line:
+        line.sendall(sent)
+        answer = b"".join(iter(lambda: line.recv(65_536), b""))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status) and b"content-type: application/problem+json" in head
+    assert json.loads(body)["status"] == status
+    assert served.http.get("/health").status_code == 200
+
+
+def test_head_tells_what_get_would_send_and_sends_nothing(served: Served) -> None:
+    for path in ("/", "/health", "/ready", "/api/v1/instruments", "/api/v1/fills?symbol=NONE", "/nothing"):
+        whole, head = served.http.get(path), served.http.head(path)
+        assert head.status_code == whole.status_code and head.content == b"" and len(whole.content) > 10
+        same = [{k: v for k, v in x.headers.items() if k not in ("date", "content-length")} for x in (head, whole)]
+        assert same[0] == same[1] and "content-length" in head.headers
+    instruments = served.http.head("/api/v1/instruments")
+    assert abs(int(instruments.headers["content-length"]) - len(served.http.get("/api/v1/instruments").content)) < 10  # its age_ms
+    assert served.http.head("/api/v1/kill").status_code == 405
+    told = served.http.get("/metrics").text
+    assert 'cift_server_requests_total{method="HEAD",route="/api/v1/instruments",status="200"}' in told
+
+
 def test_nobody_without_the_token_can_use_up_what_a_kill_needs() -> None:
     """Against a stopped clock, so that nothing is granted anew: 50 commands with the token pass, however many came without it."""
 
@@ -282,12 +316,14 @@ def test_at_another_address_everything_needs_the_token(messages: list[dict[str, 
 def test_pages_of_other_hosts_may_not_open_the_stream(served: Served) -> None:
     at = served.url.replace("http", "ws") + "/api/v1/predict/stream"
 
+    said = [*served.supervisor._errors]
+
     async def sockets() -> None:
         for other in ("http://evil.example", "null", "http://[", served.url.replace("http", "https") + "0"):
             with pytest.raises(InvalidStatus, match="403") as refused:
                 await connect(at, origin=other)  # type: ignore[arg-type]
             assert "--origin" in json.loads(refused.value.response.body)["detail"]
-        assert not served.supervisor._errors  # a refusal is no fault of the server's
+        assert [*served.supervisor._errors] == said  # a refusal is no fault of the server's
         async with connect(at, origin=served.url) as ws:  # type: ignore[arg-type]
             assert json.loads(await ws.recv())["type"] == "snapshot"
 

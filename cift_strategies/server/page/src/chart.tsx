@@ -19,7 +19,7 @@ interface Props {
   step?: boolean;
   range?: [number, number]; // of the values, where it is known beforehand
   due: () => unknown; // changes when there is something new to draw
-  reach?: () => number[]; // values that have to be within sight, beside the data
+  reach?: (from: number) => (number | null)[]; // values since then, ms, that have to be within sight beside the data
 }
 
 const DAY_MS = 86_400_000;
@@ -64,9 +64,9 @@ export function Chart(props: Props): JSX.Element {
     const line = { stroke: css("--line"), width: 1 };
     const axis = { stroke: css("--soft"), grid: line, ticks: { ...line, size: 4 }, gap: 4, font: FONT };
     const wide = (said: string[] | null): number => 14 + GLYPH * Math.max(4, ...(said ?? []).map((x) => x.length));
-    const bounds: uPlot.Range.Function = (_, low, high) => {
+    const bounds: uPlot.Range.Function = (u, low, high) => {
       if (props.range) return props.range;
-      const seen = [low, high, ...(props.reach?.() ?? [])].filter(Number.isFinite);
+      const seen = [low, high, ...(props.reach?.(u.data[0][0] ?? 0) ?? [])].filter((v) => v != null && Number.isFinite(v)) as number[];
       const [a, b] = seen.length ? [Math.min(...seen), Math.max(...seen)] : [0, 1];
       const room = (b - a || Math.abs(a) || 1) * 0.08;
       return [a - room, b + room];
@@ -104,11 +104,9 @@ export function Chart(props: Props): JSX.Element {
   onMount(() => {
     const resize = new ResizeObserver(() => plot?.setSize({ width: Math.max(box.clientWidth, 50), height: Math.max(box.clientHeight, 50) }));
     const scheme = new MutationObserver(make);
-    const system = matchMedia("(prefers-color-scheme: dark)");
     createEffect(() => (void props.lines.length, make()));
     resize.observe(box);
     scheme.observe(document.documentElement, { attributes: true, attributeFilter: ["data-theme"] });
-    system.addEventListener("change", make);
     let due = 0;
     createEffect(() => {
       props.due();
@@ -120,7 +118,6 @@ export function Chart(props: Props): JSX.Element {
       cancelAnimationFrame(due);
       resize.disconnect();
       scheme.disconnect();
-      system.removeEventListener("change", make);
       plot?.destroy();
     });
   });

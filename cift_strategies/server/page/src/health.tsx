@@ -8,8 +8,19 @@ import type { Feed, Stage } from "./types";
 
 const FRESH_MS = 2_000;
 
+const MEANS: Record<string, string> = {
+  receipt: "event to features",
+  prediction: "event to prediction",
+  decision: "event to entry",
+  fill: "entry to first fill",
+  frame: "telling this page",
+  queue: "wait for the models",
+  predict: "models compute",
+  return: "back to the strategy",
+};
+
 const STAGES: Column<Stage>[] = [
-  { head: "stage", cell: (s) => words(s.stage) },
+  { head: "stage", cell: (s) => <>{words(s.stage)} <span class="soft wide">{MEANS[s.stage] ?? ""}</span></> },
   { head: "p50", n: true, cell: (s) => ms(s.p50_ms) },
   { head: "p99", n: true, cell: (s) => ms(s.p99_ms) },
   { head: "p99.9", n: true, cell: (s) => ms(s.p999_ms) },

@@ -30,8 +30,11 @@ function Head(): JSX.Element {
   const [reason, setReason] = createSignal("");
   const [secret, setSecret] = createSignal("");
   const [busy, setBusy] = createSignal(false);
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  const [dark, setDark] = createSignal(system.matches);
+  system.addEventListener("change", () => setDark(system.matches));
   createEffect(() => {
-    document.documentElement.dataset.theme = theme();
+    document.documentElement.dataset.theme = theme() !== "auto" ? theme() : dark() ? "dark" : "light";
     localStorage.setItem("cift-theme", theme());
   });
   const send = async (path: string, body?: unknown): Promise<void> => {

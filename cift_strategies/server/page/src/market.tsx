@@ -166,6 +166,9 @@ function paintFills(u: uPlot, name: string): void {
   }
 }
 
+/** Prices of the fills that are on the chart, which begins at `from` (ms). */
+const marked = (name: string, from: number): number[] => series.fills.filter((f) => f.symbol === name && f.ts / 1e6 >= from).map((f) => f.price);
+
 function paint(u: uPlot, at: Position | undefined, name: string): void {
   const { left, top, width, height } = u.bbox;
   u.ctx.save();
@@ -201,7 +204,7 @@ export function Price(): JSX.Element {
         data={data}
         draw={(u) => paint(u, position(), symbol())}
         due={() => (beat(), symbol())}
-        reach={() => (position()?.size ? [position()!.average, position()!.stop, position()!.target].filter((v) => v != null) : [])}
+        reach={(from) => [...marked(symbol(), from), ...(position()?.size ? [position()!.average, position()!.stop, position()!.target] : [])]}
         step
       />
     </Panel>

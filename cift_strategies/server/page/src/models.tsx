@@ -10,6 +10,7 @@ import type { Instrument, Vote } from "./types";
 
 const [horizonShown, setHorizonShown] = createSignal<number | null>(null);
 const SHOWN = 100; // decisions
+const WAYS = ["down", "flat", "up"] as const;
 const READABLE = 0.15; // of a bar; a smaller part has no room for its figure
 
 const colour = (member: string): string => MEMBER[state.models.members.findIndex((m) => m.member === member) % MEMBER.length] ?? MEMBER[0]!;
@@ -20,7 +21,7 @@ function Bar(props: { vote: Vote | null; none?: string }): JSX.Element {
     <Show when={props.vote} fallback={<span class="bar none">{props.none ?? "abstains"}</span>}>
       {(v) => (
         <span class="bar" role="img" aria-label={`down ${percent(v()[0])}, flat ${percent(v()[1])}, up ${percent(v()[2])}`}>
-          <For each={["down", "flat", "up"] as const}>
+          <For each={WAYS}>
             {(way, i) => (
               <i class={way} style={{ width: `${100 * v()[i()]!}%` }}>
                 {v()[i()]! >= READABLE ? percent(v()[i()]) : ""}
@@ -59,6 +60,16 @@ export function Votes(): JSX.Element {
       <Show when={shown()} fallback={<Empty>no prediction yet</Empty>}>
         {(h) => (
           <>
+            <ul class="key ways">
+              <For each={WAYS}>
+                {(way) => (
+                  <li>
+                    <i class={way} />
+                    {way}
+                  </li>
+                )}
+              </For>
+            </ul>
             <dl class="votes">
               <For each={Object.keys(h().votes)}>
                 {(name) => (
@@ -151,7 +162,7 @@ export function Log(): JSX.Element {
               <b>{d.symbol}</b>
               <span>
                 {d.text}
-                {d.times > 1 ? <span class="soft"> ×{d.times}</span> : ""}
+                {d.times > 1 ? <span class="soft" title={`stands for ${d.times} predictions`}> ×{d.times}</span> : ""}
               </span>
             </li>
           )}

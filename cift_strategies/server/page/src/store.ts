@@ -127,6 +127,13 @@ export function connect(): void {
       setTimeout(open, RETRY_MS[Math.min(attempt++, RETRY_MS.length - 1)]);
     };
   };
+  if (location.hash === "#still") {
+    // for a picture: what there is, before the page counts as loaded
+    const asked = new XMLHttpRequest();
+    asked.open("GET", "/api/v1/snapshot", false);
+    asked.send();
+    if (asked.status === 200 && take(JSON.parse(asked.responseText) as Frame)) setLink("live");
+  }
   open();
   setInterval(() => setAge(newest ? performance.now() - newest : 0), 250);
 }
