@@ -25,6 +25,7 @@ from live_feed import statuses
 
 from catalog.errors import InputError
 from catalog.events import SCALE, read_catalog
+from cift_strategies import trail
 from cift_strategies.backtest import RunConfig
 from cift_strategies.live import venues
 from cift_strategies.live_config import ORDERS_NEED, LiveConfig, check, confirm, locked
@@ -35,7 +36,6 @@ from cift_strategies.parts import read
 from cift_strategies.recording import NOTES
 from cift_strategies.risk import Ledger, Limits
 from cift_strategies.session_replay import run
-from cift_strategies.trail import read
 
 ROOT = Path(__file__).parents[2]
 WITHIN_S = 240  # guards against hanging, no more
@@ -269,7 +269,7 @@ def test_the_journal_holds_every_signal_order_event_and_fill(played: tuple[Path,
 
 
 def test_each_step_of_a_trades_trail_is_in_the_streams_time(played: tuple[Path, str]) -> None:
-    entries = list(read(played[0] / "trail.jsonl"))
+    entries = list(trail.read(played[0] / "trail.jsonl"))
     closed = {e["trade"]: e for e in entries if e["stage"] == "closed"}
     assert closed
     for trade, end in closed.items():
