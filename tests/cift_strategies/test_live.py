@@ -13,6 +13,7 @@ import sqlite3
 import subprocess
 import sys
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +196,7 @@ def test_turns_after_the_last_event_that_was_recorded_are_cut_off(begun: tuple[P
 
 def test_an_alert_has_its_turn_where_it_is_noted_and_nowhere_else(begun: tuple[Path, Notes, int], tmp_path: Path) -> None:
     folder, notes, n = begun
-    alerts = [a for a in notes[:n] if a["kind"] == "alert"]
+    alerts = [a for a, b in pairwise(notes[:n]) if (a["kind"], b["kind"]) == ("alert", "order")]  # those that something followed from
     left_out = alerts[len(alerts) * 3 // 4]
     told = replayed(folder, [a for a in notes[:n] if a is not left_out], tmp_path)
     _, k, signal = left_out["what"]
