@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ STEP: Final = 512  # events handed on between two turns of the node's loop
 TURN: Final = 16  # records that the node takes in a turn, as a rule
 AHEAD: Final = 1_024  # events that may wait in the node before the line is read on
 BEHIND: Final = 256  # events that wait in the node from which on changes of one book are told together
-PATIENCE: Final = 1_000  # turns without progress after which what waits in the node is taken for dropped
+PATIENCE_S: Final = 2.0  # without progress, after which what waits in the node is taken for dropped
 WAITS: Final = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before the next try to connect
 REFUSALS: Final = 3  # in a row, before the key is taken for wrong
 NUMBERED: Final = 1_000  # records from which on it can be told whether the feed delivers every sequence number
@@ -275,14 +276,13 @@ class DirectClient(MarketDataClient):
                 await asyncio.sleep(0)
             return
         await asyncio.sleep(0)
-        before, still = taken(), 0
+        before, until = taken(), time.monotonic() + PATIENCE_S
         self._link.ahead = max(self._link.ahead, self._given - before)
         while self._given - before > AHEAD:
             await asyncio.sleep(0)
-            now = taken()
-            still = still + 1 if now == before else 0
-            before = now
-            if still == PATIENCE:
+            if (now := taken()) != before:
+                before, until = now, time.monotonic() + PATIENCE_S
+            elif time.monotonic() > until:
                 self._given = now
 
     async def _run_of(self, kind: int, data: Array, n: int) -> None:
