@@ -1,6 +1,6 @@
 """What 200 WebSocket clients and 500 requests a second cost a node that trades beside them, and how soon they are answered.
 
-A paper session of the demo market at its own pace (CIFT_SPEED: so many times as fast). Turns with and without load alternate, so that a busy
+A paper session of the demo market at its own pace (CIFT_SPEED: so many times as fast). Turns with and without load alternate: a busy
 machine meets both alike; the load's programs run before, and a turn begins when all are connected. Shown as extra_info: p50 and p99 of the
 time from an event to the strategy's decision on the prediction made of it (wall-clock ms, every prediction), calm and under load, the ratio
 of the p99s with a 90 % interval (pairs of turns drawn anew), p50 and p99 of GETs, CPU seconds per second of server and load.
