@@ -23,7 +23,7 @@ from websockets.exceptions import InvalidStatus
 
 from catalog.events import read_catalog
 from cift_strategies.server import requests as r
-from cift_strategies.server.__main__ import listen
+from cift_strategies.server.__main__ import NICE, listen
 from cift_strategies.server.app import make_app
 from cift_strategies.server.guard import ADDRESSES, Guard, Rates
 from cift_strategies.server.link import Reader
@@ -179,6 +179,15 @@ def test_a_token_that_others_could_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "token").chmod(0o644)
     done = _start(tmp_path)
     assert done.returncode == 2 and "has mode 644" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_server_yields_to_the_node(served: Served) -> None:
+    assert served.supervisor.process is not None
+    pid = served.supervisor.process.pid
+    assert os.getpriority(os.PRIO_PROCESS, pid) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICE)
+    group = Path(f"/proc/{pid}/autogroup")
+    if group.exists() and Path("/proc/sys/kernel/sched_autogroup_enabled").read_text().strip() == "1":
+        assert group.read_text().split()[-2:] == ["nice", str(NICE)]
 
 
 def test_a_taken_port_is_told_in_one_line(served: Served, tmp_path: Path) -> None:
