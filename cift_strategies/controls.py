@@ -140,6 +140,8 @@ class Watch(DataActor):
         if state is None or state == self.strategy.market.get(k, status.UNKNOWN):
             return
         ts = told.ts_event if self._restamp else told.ts_init
+        if self.strategy.terms.pace is not None:
+            self.strategy.terms.pace.see(ts)  # what is done about it is not done before it
         self.strategy.trading(k, state, ts)
         self.serving.trading(k, ts, state == status.OPEN)
         self._say(f"{told.instrument_id}: {status.STATES[state]}")
