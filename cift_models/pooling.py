@@ -19,9 +19,7 @@ I64 = NDArray[np.int64]
 SOFT: Final = 1e-4  # every vote is mixed with this much of the uniform one, so that no loss is infinite
 STRETCHES: Final = 4  # of time, for forecasts of decisions that the pool was not fitted on
 ROWS: Final = 40_000  # decisions of a horizon that a pool is fitted on
-# a member's weight before any label: equal shares, but no less than this: one more that knows nothing must not thin what the others say
-SHARE: Final = 0.5
-# beliefs before any label, as precisions: of a weight around its share, of a regime's weight around that of all, of a constant around 0
+# beliefs before any label, as precisions: of a weight around equal shares, of a regime's weight around that of all, of a constant around 0
 EVEN: Final = 5.0
 ALIKE: Final = 30.0
 PLAIN: Final = 30.0
@@ -110,7 +108,7 @@ def fit_horizon(votes: F64, y: NDArray[np.int8], regime: I64, rate: F64, worth: 
     tilt = np.nan_to_num(np.log(votes) - np.log(rate)[:, None])
     n, members, _ = tilt.shape
     awake = np.isfinite(votes[:, :, 0]).any(axis=0)
-    even, scale, at = awake * max(SHARE, 1 / max(1, int(awake.sum()))), worth / max(1, n), np.arange(n)
+    even, scale, at = awake / max(1, int(awake.sum())), worth / max(1, n), np.arange(n)
     base = np.log(rate)
 
     def loss(x: F64) -> tuple[float, F64]:
