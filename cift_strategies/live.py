@@ -32,9 +32,10 @@ from cift_strategies.live_session import Session
 
 if TYPE_CHECKING:
     from cift_strategies.feeds.health import Health
-    from cift_strategies.monitor import Controls, Monitor
     from cift_strategies.outcome import Scored
     from cift_strategies.recording import Recorder
+    from cift_strategies.server.link import Link
+    from cift_strategies.server.supervisor import Supervisor
     from cift_strategies.serving import Models, Serving
     from cift_strategies.system import Client, System
 
@@ -47,31 +48,35 @@ def run(config: LiveConfig, ask: Callable[[str], str] = input) -> Path:
     """The whole session; returns the folder with the report. Raises InputError for what the user can mend."""
     check(config)
     confirm(config, ask)
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    kills: list[str] = []  # asked for by signal before there is a node; by itself the signal would end the process
+    before = {n: signal.signal(n, how) for n, how in ((signal.SIGTERM, _interrupt), (signal.SIGUSR1, lambda *_: kills.append("SIGUSR1")))}
     try:
         with locked(config.state), contextlib.ExitStack() as stack:
-            return _run(config, stack)
+            return _run(config, stack, kills)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, how in before.items():
+            signal.signal(number, how)
 
 
 def _interrupt(_number: int, _frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _run(config: LiveConfig, stack: contextlib.ExitStack) -> Path:
+def _run(config: LiveConfig, stack: contextlib.ExitStack, kills: list[str]) -> Path:
     began = time.monotonic()
     state = config.state.resolve()
     from cift_strategies.journal import Journal
 
     journal = Journal(state, config.model_dump_json(), "normal" if config.paper else "full", not config.simulated)
     stack.callback(journal.close)
+    link, server = beside(config, stack)
     ready = prepare(config)
     from cift_models.hmm import REGIMES
     from cift_strategies.controls import Switches, Watch
     from cift_strategies.display import Display
     from cift_strategies.faults import Faults
     from cift_strategies.feeds.health import Health
+    from cift_strategies.monitor import Monitor
     from cift_strategies.pace import Pace
     from cift_strategies.recording import Recording, set_aside, to_catalog
     from cift_strategies.recording_actor import RecordingActor
@@ -80,13 +85,13 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack) -> Path:
     from cift_strategies.strategy import Terms
     from cift_strategies.system import assemble, live_node
 
-    faults, beside, health = Faults(), Beside(), Health(ready.instruments)
-    stack.callback(beside.stop)
+    faults, others, health = Faults(), Beside(), Health(ready.instruments)
+    stack.callback(others.stop)
     pace: Pace | None = None
     ends: dict[int, int] = {}
     told: dict[str, Any] = {}
     if config.feed == "replay":
-        feed, told = replay(config, ready, beside, health)
+        feed, told = replay(config, ready, others, health)
         pace, last = Pace(int(told["start"]), 0, float(told.get("speed", config.speed))), int(told["end"])
         ends = dict.fromkeys(range(len(ready.instruments)), last)
     else:
@@ -119,10 +124,10 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack) -> Path:
     stack.callback(display.close)
     journal.say = display.say
     recovered = recover(system.strategy, journal, config.simulated, config.resting, display.say)
-    brokers = venues(config, ready, latency, faults, beside, told)
-    link = getattr(brokers[0].config, "link", None)
+    brokers = venues(config, ready, latency, faults, others, told)
+    broker = getattr(brokers[0].config, "link", None)
     patience = config.late_ms, config.ahead_ms, config.model_ms
-    watch = Watch(system.strategy, serving, health, config.feed, display.say, *patience, feed.restamp, link)
+    watch = Watch(system.strategy, serving, health, config.feed, display.say, *patience, feed.restamp, broker)
     about = {"mode": config.feed, "venue": config.venue, "speed": config.speed}
     switches = Switches(system.strategy, serving, watch, display.say, about)
     if recovered is not None and recovered.switch[0] in ("killed", "paused"):
@@ -133,18 +138,20 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack) -> Path:
     if recorder is not None:
         stack.callback(recorder.close)
         serving.on_reload, recording = recorder.reloaded, [RecordingActor(recorder, faults)]
-    actors = [watch, *recording, *monitor(config, system, switches, stack, display.say)]
+    server.say = display.say
+    display.say(f"page and API: {server.start()['url']}")
+    actors = [watch, *recording, Monitor(system, switches, link, config.feed, state / "trail.jsonl")]
     node = live_node(
         system, [feed], brokers, config.simulated, actors, engine_limits(config, ready.instruments)
     )
     if (config.state / "kill").exists():
         switches.kill(f"the file {config.state / 'kill'} is there: remove it and resume")
-    if pace is not None and (recovered is None or not recovered.waits):
+    if pace is not None and (recovered is None or recovered.idle):
         with Steps("models"):
             serving.ready.wait(MODELS_S)
     if serving.fault is not None and serving.ready.is_set():
         raise InputError(serving.fault)
-    session = Session(config, system, serving, switches, watch, node, last, display)
+    session = Session(config, system, serving, switches, watch, node, last, display, kills)
     switches.run()
     display.say(f"{config.feed} of {', '.join(x.id for x in ready.instruments)} on {config.venue}; Ctrl-C ends it")
     gc.collect()
@@ -153,11 +160,12 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack) -> Path:
     serving.disconnect()
     if recorder is not None:
         recorder.close(lost=serving.lost, passed=serving.passed)
-    signal.signal(signal.SIGTERM, _interrupt)  # the loop has put the system's own in its place
+    signal.signal(signal.SIGTERM, _interrupt)  # the loop has put the system's own in their place
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     display.close()
     faults.reraise()
-    if link is not None and link.fault is not None:
-        raise link.fault
+    if broker is not None and broker.fault is not None:
+        raise broker.fault
     journal.close(system.strategy.flat)
     with Steps("scores"):
         scored = serving.finish(SCORED_S)
@@ -165,6 +173,19 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack) -> Path:
         with Steps("recording"):
             to_catalog(Recording(kept))
     return finish(config, ready, system, serving, switches, scored, began, node, getattr(line, "ahead", 0))
+
+
+def beside(config: LiveConfig, stack: contextlib.ExitStack) -> tuple[Link, Supervisor]:
+    """The link to the server, and the server as a process that is started again when it dies: it starts up while the node is made."""
+    from cift_strategies.server.link import Link
+    from cift_strategies.server.supervisor import Supervisor
+
+    link = Link(config.state / "link.sock")
+    stack.callback(link.close)
+    server = Supervisor(link, config.state, config.port, [word for m in config.members for word in ("--member", m)])
+    stack.callback(server.stop)
+    server.begin()
+    return link, server
 
 
 def record(
@@ -290,23 +311,6 @@ def engine_limits(config: LiveConfig, instruments: Sequence[Instrument]) -> dict
     most = config.limits.max_notional * config.limits.capital * 1.5  # prices move while an exit is worked
     rate = 20 * (config.limits.max_order_rate or 50)
     return {"max_order_submit_rate": f"{rate}/00:00:01", "max_notional_per_order": {x.id: f"{most:.0f}" for x in instruments}}
-
-
-def monitor(
-    config: LiveConfig, system: System, switches: Controls, stack: contextlib.ExitStack, say: Callable[[str], object]
-) -> list[Monitor]:
-    """The monitor, and its server as a process that is started again when it dies."""
-    from cift_strategies.monitor import Monitor
-    from cift_strategies.server.link import Link
-    from cift_strategies.server.supervisor import Supervisor
-
-    link = Link(config.state / "link.sock")
-    stack.callback(link.close)
-    members = [word for m in config.members for word in ("--member", m)]
-    server = Supervisor(link, config.state, config.port, members, say)
-    stack.callback(server.stop)
-    say(f"page and API: {server.start()['url']}")
-    return [Monitor(system, switches, link, config.feed, config.state / "trail.jsonl")]
 
 
 def finish(

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -31,6 +32,7 @@ class Session:
     node: Any
     ends: int | None  # when a replay's stream ends, ns
     display: Any = None
+    kills: Sequence[str] = ()  # asked for by signal before it ran
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     why: str = ""
 
@@ -45,6 +47,8 @@ class Session:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._signalled, signal.Signals(number).name)
         loop.add_signal_handler(signal.SIGUSR1, lambda: self.switches.kill("SIGUSR1"))
+        for why in self.kills:
+            self.switches.kill(why)
         running = loop.create_task(self.node.run_async(), name="node")
         running.add_done_callback(lambda _: self.stop("the node ended"))
         tasks = [loop.create_task(work) for work in (self._kill_file(), self._show(), self._end())]

@@ -95,6 +95,11 @@ class Recovery:
             s.halt("paused", "paused")
 
     @property
+    def idle(self) -> bool:
+        """Whether nothing is under way: no position, and no entry that may rest at the venue."""
+        return not self.waits and not self._unsent
+
+    @property
     def switch(self) -> tuple[str, str]:
         """The node's state when it was last told one by hand, and why."""
         return self._past.switch

@@ -350,7 +350,10 @@ class Serving:
     # --- the end ----------------------------------------------------------------------------------------------------------------------
 
     def finish(self, seconds: float) -> Scored | None:
-        """Stop taking events; what the predictions were worth, or None where the process does not tell within `seconds`."""
+        """Stop taking events; what the predictions were worth, or None where the process does not tell within `seconds`, or has not loaded
+        its models yet."""
+        if not self.ready.is_set():
+            return None
         self._hand_over((), time.perf_counter_ns())
         try:
             self._orders.send(("finish", None))

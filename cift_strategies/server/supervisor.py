@@ -34,7 +34,7 @@ class Supervisor:
         self, link: Link, state: Path, port: int = 0, arguments: Sequence[str] = (), say: Callable[[str], object] = lambda _line: None,
         silent_s: float = SILENT_S,
     ) -> None:  # fmt: skip
-        self._link, self._state, self._port, self._arguments, self._say, self._silent_s = link, state, port, arguments, say, silent_s
+        self._link, self._state, self._port, self._arguments, self.say, self._silent_s = link, state, port, arguments, say, silent_s
         self.restarts = 0
         self.url = ""
         self.process: subprocess.Popen[str] | None = None
@@ -44,8 +44,11 @@ class Supervisor:
         self.started = threading.Condition()  # notified at every start
 
     def start(self) -> dict[str, Any]:
-        """Start the server and wait until it answers; what it tells: `url`, `token_file`. Raises InputError with its own last line."""
-        told = self._launch()
+        """Start the server, if it has not begun, and wait until it answers; what it tells: `url`, `token_file`. Raises InputError with its
+        own last line."""
+        if self.process is None:
+            self.begin()
+        told = self._answer()
         if told is None:
             self.stop()
             why = self._errors[-1] if self._errors else "the server did not start"
@@ -61,7 +64,8 @@ class Supervisor:
             self._thread.join()
         self._end()
 
-    def _launch(self) -> dict[str, Any] | None:
+    def begin(self) -> None:
+        """Start the server, and do not wait for it."""
         command = [
             sys.executable, "-m", "cift_strategies.server", "--link", str(self._link.path), "--state", str(self._state.resolve()),
             "--port", str(self._port), "--with-parent", *self._arguments,
@@ -69,7 +73,9 @@ class Supervisor:
         self.process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
-        assert self.process.stdout is not None and self.process.stderr is not None
+
+    def _answer(self) -> dict[str, Any] | None:
+        assert self.process is not None and self.process.stdout is not None and self.process.stderr is not None
         self._errors.clear()
         errors = threading.Thread(target=self._keep, args=(self.process.stderr,), daemon=True)
         errors.start()
@@ -101,7 +107,7 @@ class Supervisor:
                 process.wait(0.25)
             except subprocess.TimeoutExpired:
                 if self._link.silent_s > self._silent_s:
-                    self._say(f"the server has not said anything for {self._link.silent_s:.0f} s: it is started again")
+                    self.say(f"the server has not said anything for {self._link.silent_s:.0f} s: it is started again")
                     process.kill()
                     process.wait()
                 else:
@@ -111,13 +117,14 @@ class Supervisor:
             if time.monotonic() - since > LIVED_S:
                 wait = WAITS_S[0]
             last = f" ({self._errors[-1]})" if self._errors else ""
-            self._say(f"the server ended with exit code {process.returncode}{last}: it is started again in {wait:g} s")
+            self.say(f"the server ended with exit code {process.returncode}{last}: it is started again in {wait:g} s")
             if self._stop.wait(wait):
                 return
             wait, since = min(2 * wait, WAITS_S[1]), time.monotonic()
             self._close(process)
             self.restarts += 1
-            self._launch()
+            self.begin()
+            self._answer()
 
     def _end(self) -> None:
         process = self.process

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -13,6 +14,9 @@ import sqlite3
 import subprocess
 import sys
 import tomllib
+import urllib.error
+import urllib.request
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -291,6 +295,83 @@ def test_the_kill_file_cancels_and_flattens_and_nothing_is_entered_after(small: 
     assert summary["decisions"]["entered"] <= 8  # two instruments, and what was decided before the file was seen
     last = dict(rows(state, "select client_order_id, event from orders order by rowid"))
     assert not set(last.values()) & {"OrderSubmitted", "OrderAccepted", "OrderPendingCancel", "OrderTriggered"}
+
+
+def until(true: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
+    """What is true at last, while the process lives."""
+    while not (found := true()):
+        assert process.poll() is None
+        select.select([], [], [], 0.005)
+    return found
+
+
+def held(state: Path) -> dict[str, float]:
+    """Positions as the journal has them."""
+    with contextlib.suppress(sqlite3.OperationalError):  # not there yet
+        return {name: size / SCALE for name, size in rows(state, "select instrument, size from positions where size != 0")}
+    return {}
+
+
+def asked(url: str, path: str, token: str | None = None) -> Any:
+    """What the API answers; None where it has nothing to tell yet. With a `token` it is a command."""
+    head = {} if token is None else {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/api/v1/{path}", None if token is None else b"{}", head)
+    try:
+        with urllib.request.urlopen(request, timeout=WITHIN_S) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as e:
+        if e.code != 503:
+            raise
+        return None
+
+
+@pytest.fixture(scope="module")
+def killed(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The state folder of a session that died by `kill -9` with a position."""
+    state = tmp_path_factory.mktemp("killed") / "state"
+    process = session(small, state, "--speed", "20")
+    until(lambda: held(state), process)
+    process.kill()
+    process.communicate()
+    return state
+
+
+@pytest.mark.parametrize("way", ["a signal before there is a node", "a signal", "the file", "the API"])
+def test_positions_and_kill_switch_are_there_before_the_models_are(small: Small, killed: Path, tmp_path: Path, way: str) -> None:
+    """Beside a process of models that cannot load: their table of alternative data is a pipe that nobody writes."""
+    state = Path(shutil.copytree(killed, tmp_path / "state", ignore=shutil.ignore_patterns("*.sock")))
+    had = held(state)
+    os.mkfifo(tmp_path / "never.csv")
+    process = session(small, state, "--speed", "20", altdata=str(tmp_path / "never.csv"))
+    assert process.stdout is not None
+    early = way == "a signal before there is a node"
+    if early:
+        until(lambda: len(rows(state, "select id from sessions")) == 2, process)
+        process.send_signal(signal.SIGUSR1)
+    said, url = [], ""
+    for line in process.stdout:
+        said.append(line)
+        if line.startswith("page and API: "):
+            url = line.split()[-1]
+        if line.startswith("no entries: the models"):
+            break
+    assert any(line.startswith("the account goes on: ") and all(name in line for name in had) for line in said), said
+    told = until(lambda: asked(url, "positions"), process)
+    if not early:
+        assert {p["symbol"]: p["size"] for p in told["items"] if p["size"]} == had
+    if way == "a signal":
+        process.send_signal(signal.SIGUSR1)
+    elif way == "the file":
+        (state / "kill").touch()
+    elif way == "the API":
+        until(lambda: asked(url, "kill", (state / "token").read_text().strip()), process)
+    until(lambda: not held(state), process)
+    assert set(dict(rows(state, "select trade, by from closed")).values()) == {"killed"}
+    status = asked(url, "snapshot")
+    assert status["node"]["state"] == "killed" and asked(url, "models/status")["version"] == ""
+    process.send_signal(signal.SIGTERM)
+    said.append(process.communicate(timeout=WITHIN_S)[0])
+    assert process.returncode == 0 and "no report: the models are being loaded" in said[-1], said
 
 
 def test_a_signal_ends_the_session_with_its_positions_closed_and_its_report_written(small: Small, tmp_path: Path) -> None:
