@@ -6,6 +6,7 @@ one ends in order with nothing held. Times are ns of the stream, prices and size
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sqlite3
@@ -289,6 +290,12 @@ class Journal:
     def weights(self) -> dict[str, bytes]:
         """What was learned last, by version of the models."""
         return dict(self._db.execute("select version, weights from learned").fetchall())
+
+    def copy(self, folder: Path) -> None:
+        """Write what is there now as a journal of its own into `folder`. Raises sqlite3.Error or OSError where it cannot."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(sqlite3.connect(folder / self.path.name)) as db:
+            self._db.backup(db)
 
     def close(self, flat: bool | None = None) -> None:
         """`flat`: the session ends in order, holding nothing or something; None: it does not end in order. A second call does nothing.

@@ -12,6 +12,7 @@ import contextlib
 import gc
 import json
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -32,6 +33,7 @@ from cift_strategies.live_session import Session
 
 if TYPE_CHECKING:
     from cift_strategies.feeds.health import Health
+    from cift_strategies.journal import Journal
     from cift_strategies.outcome import Scored
     from cift_strategies.recording import Recorder
     from cift_strategies.server.link import Link
@@ -133,7 +135,7 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack, kills: list[str]) -> P
     if recovered is not None and recovered.switch[0] in ("killed", "paused"):
         switches.state, switches.reason = recovered.switch
     display.tell(switches.status)
-    recorder = None if kept is None else record(config, ready, models, system, recovered is not None, display.say)
+    recorder = None if kept is None else record(config, ready, models, system, journal, display.say)
     recording = []
     if recorder is not None:
         stack.callback(recorder.close)
@@ -189,22 +191,28 @@ def beside(config: LiveConfig, stack: contextlib.ExitStack) -> tuple[Link, Super
 
 
 def record(
-    config: LiveConfig, ready: Prepared, models: Models, system: System, goes_on: bool, say: Callable[[str], object]
+    config: LiveConfig, ready: Prepared, models: Models, system: System, journal: Journal, say: Callable[[str], object]
 ) -> Recorder:
-    """Begin to record the session, with all that a replay needs to know of it."""
-    from cift_strategies.recording import Recorder
+    """Begin to record the session, with all that a replay needs to know of it; of an account that goes on, the journal as it is now."""
+    from cift_strategies.recording import BEGAN, Recorder
 
     assert models.session is not None
     terms = system.strategy.terms
     about = {
         "name": ready.name, "instruments": [asdict(x) for x in ready.instruments], "artifact": str(models.artifact),
-        "altdata": None if ready.altdata is None else str(ready.altdata.resolve()), "goes_on": goes_on,
+        "altdata": None if ready.altdata is None else str(ready.altdata.resolve()), "goes_on": journal.goes_on,
         "starts": 0 if terms.pace is None else terms.pace.first_ns, "ends": dict(terms.ends),
         "learned": {version: base64.b64encode(weights).decode() for version, weights in models.learned.items()},
         "order_latency_ms": config.order_latency_ms if config.speed else 0.0, "speed": config.speed,
         "config": config.model_dump(mode="json"),
     }  # fmt: skip
-    return Recorder(models.session, system, about, say)
+    recorder = Recorder(models.session, system, about, say)
+    if journal.goes_on:
+        try:
+            journal.copy(models.session / BEGAN)
+        except (OSError, sqlite3.Error) as e:
+            say(f"what the session began with is not recorded: {e}")
+    return recorder
 
 
 def replay(config: LiveConfig, ready: Prepared, beside: Beside, health: Health) -> tuple[Client, dict[str, Any]]:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 type Array = NDArray[Any]
 
 MANIFEST: Final = "session.json"
+BEGAN: Final = "began"  # folder with the journal that a session which goes on began with
 VERSION: Final = 2  # since then a session can be told to the strategy again turn by turn
 EVENTS: Final = pa.schema([
     *((name, pa.from_numpy_dtype(EVENT[name])) for name in EVENT.names or ()),
@@ -41,7 +42,8 @@ EVENTS: Final = pa.schema([
 NOTES: Final = pa.schema([
     ("at", pa.int64()),  # events that had come by then
     ("wall", pa.int64()), ("now", pa.int64()),  # ns, by the wall and in the stream's time
-    ("kind", pa.string()),  # prediction (delivered), alert, signal, order (an event of one), halt, release, flatten, status, reload
+    ("kind", pa.string()),  # prediction (delivered), alert, signal, order (an event of one), halt, release, flatten, status, reload; of an
+    # account that goes on: begin (it is started), recover (an instrument is seen to)
     ("what", pa.string()),  # JSON
 ])  # fmt: skip
 

@@ -180,12 +180,23 @@ class Recovery:
         self._unsent = again
         self.waits |= {k for k, _ in again}
 
-    def go_on(self, k: int) -> None:
-        """Prices of instrument `k` have come: see to its position, or to the entry that was to rest."""
-        s, trade = self.strategy, self.strategy.trades[k]
-        vector = s.last[k]
+    def ready(self, k: int) -> bool:
+        """Whether there is something to do about instrument `k` now: it has prices, and no seed is under way or to be waited with."""
+        s, vector, seed = self.strategy, self.strategy.last[k], self._seeds.get(k)
         if vector is None or not math.isfinite(vector.mid):
-            return
+            return False
+        if seed is None or s.trades[k] is None:
+            return True
+        return bool(s.cache.is_order_closed(seed)) and (s.now() >= self._again[k] or not self._lacks(k))
+
+    def _lacks(self, k: int) -> int:
+        """What of our position of instrument `k` the venue does not hold."""
+        return self.strategy.ledger.positions[k].size - self.strategy.held(k)
+
+    def go_on(self, k: int) -> None:
+        """Instrument `k` is :meth:`ready`: see to its position, or to the entry that was to rest."""
+        s, trade, vector = self.strategy, self.strategy.trades[k], self.strategy.last[k]
+        assert vector is not None
         if trade is None:
             self.waits.discard(k)
             for signal in [t.signal for j, t in self._unsent if j == k]:
@@ -193,10 +204,7 @@ class Recovery:
                 if size and 0 <= s.now() - signal.ts < s.settings.entry_wait_ms * 1e6 and not s.halts:
                     s.enter(replace(signal, ts=s.now(), size=size))
             return
-        if k in self._seeds and not s.cache.is_order_closed(self._seeds[k]):
-            return
-        lacks = s.ledger.positions[k].size - s.held(k)
-        if lacks and self.simulated:
+        if (lacks := self._lacks(k)) and self.simulated:
             self._seed(k, trade, lacks)
             return
         self.waits.discard(k)
@@ -210,9 +218,7 @@ class Recovery:
     def _seed(self, k: int, trade: Trade, lacks: int) -> None:
         """An order that gives a simulated venue back the position it has forgotten: its fill is no trade of the account's."""
         s, x = self.strategy, self.strategy.terms.instruments[k]
-        if s.now() < self._again.get(k, 0):  # it has features before the venue has a price
-            return
-        self._again[k] = s.now() + SCALE
+        self._again[k] = s.now() + SCALE  # it has features before the venue has a price
         order = s.order_factory.market(s.ids[k], OrderSide.BUY if lacks > 0 else OrderSide.SELL, s._quantity(x, abs(lacks)))
         self._seeds[k] = order.client_order_id
         s.send(k, trade, "seed", order)

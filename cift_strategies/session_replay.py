@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -26,12 +29,14 @@ from catalog.status import OPEN
 from cift_strategies import intake
 from cift_strategies.compared import Compared, Places, Recorded, compare_orders, orders, say
 from cift_strategies.pace import Pace
-from cift_strategies.recording import VERSION, Chunk, Recording, Witness, digested, to_catalog
+from cift_strategies.recording import BEGAN, VERSION, Chunk, Recording, Witness, digested, to_catalog
+from cift_strategies.recovery import Recovery
 
 if TYPE_CHECKING:
     from cift_models.inference import Predictions
     from cift_models.windows import Block
     from cift_strategies.backtest import RunConfig
+    from cift_strategies.live_config import LiveConfig
     from cift_strategies.messages import FeatureVector, Prediction
     from cift_strategies.outcome import RunResult
 
@@ -192,32 +197,40 @@ class Teller:
         self, notes: Sequence[tuple[int, int, str, Any]], found: dict[tuple[int, int], Prediction], system: Any, clock: Told, link: Any
     ) -> None:
         self._notes, self._found, self._system, self._clock, self._link = notes, found, system, clock, link
-        self._faults, self._strategy, self._venues = system.strategy.faults, system.strategy, [str(i.venue) for i in system.strategy.ids]
+        self._faults, self.strategy, self._venues = system.strategy.faults, system.strategy, [str(i.venue) for i in system.strategy.ids]
         self._places = {x.id: k for k, x in enumerate(system.strategy.terms.instruments)}
         places = Places()
         for _, _, kind, what in notes:
             if kind == "order":
                 places.of(what)
         self._theirs, self._ours = places, Places()
-        self._numbers: list[Any] = []  # client order ids of the strategy's orders, by their numbers
-        self._checked = self._heard = self._given = 0
+        self._numbers: dict[int, Any] = {}  # client order ids of the strategy's orders, by their numbers
+        self._known = self._heard = self._given = 0  # orders that are in it, events of orders, and events of the market, until now
         self._running: asyncio.Task[Any] | None = None
         self.told = self.missing = self.untold = 0
         Witness(system, self._note)
         self.again: list[tuple[int, int, str, Any]] = []
 
     def _note(self, kind: str, what: Any) -> None:
-        self.again.append((self._system.features.vectors, self._strategy.now(), kind, what))
+        self.again.append((self._system.features.vectors, self.strategy.now(), kind, what))
         if kind == "order":
             self._heard += 1
             self._ours.of(what)
 
     async def run(self, node: Any, messages: Iterator[tuple[Any, int]]) -> None:
         """Everything, on a node that is built; it is stopped at the end."""
+        begin = next((n for n, (_, _, kind, _) in enumerate(self._notes) if kind == "begin"), 0)
+        for _, now, kind, what in self._notes[:begin]:
+            self._clock.at = now
+            self._ask(kind, what)
+        if self._notes:
+            self._clock.at = self._notes[begin][1]
         running = self._running = asyncio.get_running_loop().create_task(node.run_async())
+        self.told = begin
         try:
             await self._until(lambda: self._link.subscribed >= 2 * len(self._places), None)
-            for at, now, kind, what in self._notes:
+            self._known = len(self.strategy.orders)
+            for at, now, kind, what in self._notes[begin:]:
                 await self._stream(messages, at)
                 if self._given < at or self._faults.first is not None:  # events may be cut off before notes are
                     break
@@ -257,7 +270,7 @@ class Teller:
             await self._until(lambda: features.vectors >= self._given, None)
 
     async def _turn(self, kind: str, what: Any) -> None:
-        s = self._strategy
+        s = self.strategy
         if kind == "prediction":
             k, ts, latency = what
             if (p := self._found.pop((k, ts), None)) is None:
@@ -270,28 +283,35 @@ class Teller:
                 s.due(which, k, trade)
         elif kind == "order":
             await self._answer(what)
-        elif kind == "halt":
-            s.halt(*what)
         elif kind == "status":
             s.trading(*what)
-        elif kind in ("release", "flatten"):
-            (s.release if kind == "release" else s.flatten)(what)
+        elif kind == "recover":
+            if s.recovery is not None:
+                s.recover(what)
+        else:
+            self._ask(kind, what)
         await self._settle()
+
+    def _ask(self, kind: str, what: Any) -> None:
+        """What is asked of the strategy, before it is started too."""
+        if kind == "halt":
+            self.strategy.halt(*what)
+        elif kind in ("release", "flatten"):
+            (self.strategy.release if kind == "release" else self.strategy.flatten)(what)
 
     async def _settle(self) -> None:
         """Until what the strategy has sent is with the venue, or denied; orders of its own are rejected there."""
-        s, cache = self._strategy, self._strategy.cache
-        self._numbers += list(islice(s.orders, len(self._numbers), None))
-        while self._checked < len(self._numbers):
-            number, order_id = self._checked, self._numbers[self._checked]
-            if not await self._until(lambda o=order_id: str(o) in self._link.arrived or cache.is_order_closed(o)):  # type: ignore[misc]
-                raise AssertionError(f"{order_id} has not come to the venue")
-            self._checked += 1
-            if self._ours.key(number) not in self._theirs.numbers:
-                k = s.orders[order_id][0]
-                for event in ("OrderSubmitted", "OrderRejected"):
-                    await self._tell(k, order_id, {"event": event, "stamp": self._clock.at, "reason": "the session has not sent it"})
-            self._numbers += list(islice(s.orders, len(self._numbers), None))
+        s, cache = self.strategy, self.strategy.cache
+        while self._known < len(s.orders):
+            new = [(order_id, k, number) for order_id, (k, _, number) in islice(s.orders.items(), self._known, None)]
+            self._known += len(new)
+            self._numbers |= {number: order_id for order_id, _, number in new}
+            for order_id, k, number in new:
+                if not await self._until(lambda o=order_id: str(o) in self._link.arrived or cache.is_order_closed(o)):  # type: ignore[misc]
+                    raise AssertionError(f"{order_id} has not come to the venue")
+                if self._ours.key(number) not in self._theirs.numbers:
+                    for event in ("OrderSubmitted", "OrderRejected"):
+                        await self._tell(k, order_id, {"event": event, "stamp": self._clock.at, "reason": "the session has not sent it"})
 
     async def _answer(self, what: Any) -> None:
         from cift_strategies.feeds.retold import OURS
@@ -299,18 +319,18 @@ class Teller:
         if what["event"] in OURS:
             return
         number = self._ours.numbers.get(self._theirs.of(what))
-        if number is None or number >= len(self._numbers):
+        if number is None or number not in self._numbers:
             self.untold += 1
         else:
             await self._tell(self._places[what["instrument"]], self._numbers[number], what)
 
     async def _tell(self, k: int, order_id: Any, what: Any) -> None:
-        order, heard = self._strategy.cache.order(order_id), self._heard
+        order, heard = self.strategy.cache.order(order_id), self._heard
         if order is None or order.is_closed:
             self.untold += what["event"] != "OrderDenied"  # the node has denied it by itself
             return
         self._clock.stamp = what["stamp"]
-        self._link.venues[self._venues[k]].tell(order, what, self._strategy.terms.instruments[k].currency)
+        self._link.venues[self._venues[k]].tell(order, what, self.strategy.terms.instruments[k].currency)
         self.untold += not await self._until(lambda: self._heard > heard)
 
 
@@ -326,11 +346,28 @@ def run(config: RunConfig) -> RunResult:
         raise InputError("--session replays what was recorded: leave out --dbn, --catalog, --databento, --polygon and --symbols")
     recording = Recording(config.session)
     out = config.out or Path("out") / f"session-{recording.manifest['name']}"
-    with unfinished(out) as part:
-        return _run(config, recording, part)
+    with unfinished(out) as part, contextlib.ExitStack() as stack:
+        return _run(config, recording, part, stack)
 
 
-def _run(config: RunConfig, recording: Recording, out: Path) -> RunResult:
+class Retold(Recovery):
+    """Sees to an instrument where that is noted, and not by itself."""
+
+    def ready(self, _k: int) -> bool:
+        return False
+
+
+def go_on(strategy: Any, began: Path, live: LiveConfig, stack: contextlib.ExitStack) -> None:
+    """Put into `strategy` what the session began with: its journal as it was, of which a copy is gone on with."""
+    from cift_strategies.journal import Journal
+
+    journal = Journal(Path(shutil.copytree(began, Path(stack.enter_context(tempfile.TemporaryDirectory())) / BEGAN)), goes_on=True)
+    stack.callback(journal.close)
+    strategy.recovery = Retold(strategy, journal, live.simulated, live.resting)
+    strategy.recovery.restore()
+
+
+def _run(config: RunConfig, recording: Recording, out: Path, stack: contextlib.ExitStack) -> RunResult:
     from cift_models.hmm import REGIMES
     from cift_models.windows import HORIZONS_NS
     from cift_strategies.faults import Faults
@@ -408,6 +445,8 @@ def _run(config: RunConfig, recording: Recording, out: Path) -> RunResult:
     ahead = Ahead(recorded.asking(blocks), Swapping(), recorded, HORIZONS_NS, len(instruments), sink)  # type: ignore[arg-type]
     system = assemble(terms, ahead, live.strategy)
     system.features.intake = Intake(recording)
+    if (recording.folder / BEGAN).is_dir():
+        go_on(system.strategy, recording.folder / BEGAN, live, stack)
     teller, messages = Teller(notes, found, system, clock, link), Messages(instruments)
     venues = [retold.venue(link, name, starting(traded, live.limits.capital)) for name, traded in sorted(by_venue(instruments).items())]
     limits = engine_limits(live, instruments) | {"max_order_submit_rate": "1000000/00:00:01"}  # it comes faster than it came
@@ -454,8 +493,10 @@ def reasons(told: dict[str, Any], live: Any, teller: Teller, passed: int) -> lis
         out.append(f"{passed:,} batches were not predicted, because newer ones of their instruments waited behind them: here neither")
     if passed != told.get("passed", passed) and not told.get("lost"):
         out.append(f"the session says that it passed over {told['passed']:,} batches: predictions are missing from its recording")
-    if told["goes_on"]:
-        out.append("the session went on from an earlier one: positions that it began with are not replayed")
+    if told["goes_on"] and teller.strategy.recovery is None:
+        out.append("the session went on from an earlier one, and what it began with was not recorded: it is not replayed")
+    elif told["goes_on"] and not live.simulated:
+        out.append("the session went on from an earlier one: what its venue told at the start (fills, orders that rest) is not replayed")
     if told.get("lost"):
         out.append(f"{told['lost']} events found no room in the models' queue: what the models said after that cannot be said again")
     if live.budget_ms is not None:

@@ -213,6 +213,8 @@ class EnsembleStrategy(Strategy):
     def on_start(self) -> None:
         if self.recovery is not None:
             with self._turn():
+                if self.witness is not None:
+                    self.witness("begin", None)
                 self.recovery.begin()
         else:
             for k in range(len(self.ids)):
@@ -229,9 +231,16 @@ class EnsembleStrategy(Strategy):
         if vector.ts >= self.next_mark and self.trades[k] is not None:
             self.next_mark = vector.ts + MARK_EVERY_NS
             self._mark(k, vector.mid, vector.ts)
-        if self.recovery is not None and k in self.recovery.waits:
-            with self._turn():
-                self.recovery.go_on(k)
+        if self.recovery is not None and k in self.recovery.waits and self.recovery.ready(k):
+            self.recover(k)
+
+    def recover(self, k: int) -> None:
+        """See to what is left in instrument `k` of the time before a restart."""
+        assert self.recovery is not None
+        with self._turn():
+            if self.witness is not None:
+                self.witness("recover", k)
+            self.recovery.go_on(k)
 
     def on_prediction(self, message: object) -> None:
         prediction = cast(Prediction, message)

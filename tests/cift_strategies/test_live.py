@@ -261,6 +261,31 @@ def test_what_was_recorded_before_a_kill_is_computed_again(small: Small, tmp_pat
     assert told["orders"]["differ"] == [] and told["orders"]["equal"] == told["orders"]["recorded"]
 
 
+@pytest.mark.parametrize("kill", [False, True], ids=["", "killed at its start"])
+def test_a_session_that_goes_on_is_replayed_with_what_it_began_with(small: Small, killed: Path, tmp_path: Path, kill: bool) -> None:
+    """Positions, what is under way of trades, PnL and all counts of the account; and what is done about them at the start."""
+    state, out = gone_on(killed, tmp_path), tmp_path / "out"
+    had, fills = held(state), len(rows(state, "select * from fills"))
+    if kill:
+        (state / "kill").touch()
+    process = session(small, state, "--speed", "20", "--duration", "10")
+    said, _ = process.communicate(timeout=WITHIN_S)
+    assert process.returncode == 0 and "the account goes on: " in said and had, said
+    again, live = run(RunConfig(session=state, out=out)).summary, json.loads((state / "summary.json").read_text())
+    same = json.loads((out / "session.json").read_text())
+    for kind in ("features", "predictions", "orders"):
+        assert same[kind]["recorded"] == same[kind]["equal"] > 0 and same[kind]["differ"] == []
+    sent = set(rows(state, "select number from sent where session = 2"))
+    told = set(rows(state, "select number from orders where session = 2 and event = 'OrderInitialized'"))
+    signals = rows(state, "select * from signals where session = 2")
+    assert sent == told and same["orders"]["recorded"] == len(sent) + len(signals) and bool(signals) != kill
+    for n in ("decisions", "order_events", "closed_by", "fees", "pnl_net", "max_drawdown"):
+        assert again[n] == live[n], n
+    for name in ("fills", "positions"):
+        assert pq.read_table(out / f"{name}.parquet").equals(pq.read_table(state / f"{name}.parquet")), name
+    assert len(pq.read_table(out / "fills.parquet")) > fills > 0
+
+
 def test_the_journal_holds_every_signal_order_event_and_fill(played: tuple[Path, str]) -> None:
     state, _ = played
     summary = json.loads((state / "summary.json").read_text())
@@ -325,6 +350,11 @@ def asked(url: str, path: str, token: str | None = None) -> Any:
         return None
 
 
+def gone_on(killed: Path, tmp_path: Path) -> Path:
+    """The state folder of a session that was killed, to be gone on with."""
+    return Path(shutil.copytree(killed, tmp_path / "state", ignore=shutil.ignore_patterns("*.sock")))
+
+
 @pytest.fixture(scope="module")
 def killed(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The state folder of a session that died by `kill -9` with a position."""
@@ -339,7 +369,7 @@ def killed(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("way", ["a signal before there is a node", "a signal", "the file", "the API"])
 def test_positions_and_kill_switch_are_there_before_the_models_are(small: Small, killed: Path, tmp_path: Path, way: str) -> None:
     """Beside a process of models that cannot load: their table of alternative data is a pipe that nobody writes."""
-    state = Path(shutil.copytree(killed, tmp_path / "state", ignore=shutil.ignore_patterns("*.sock")))
+    state = gone_on(killed, tmp_path)
     had = held(state)
     os.mkfifo(tmp_path / "never.csv")
     process = session(small, state, "--speed", "20", altdata=str(tmp_path / "never.csv"))
