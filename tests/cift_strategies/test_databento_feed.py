@@ -116,6 +116,22 @@ def test_the_line_is_read_on_when_there_is_room(market: MarketFiles) -> None:
     assert asyncio.run(session()).n == len(events) and len(asked) >= (len(events) - 2 * AHEAD) // STEP > 10
 
 
+def test_what_the_node_never_works_off_does_not_hold_up_the_line(market: MarketFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts nothing any more, as a node that drops what it is given: after a while without progress the client goes on."""
+    events, instruments = read_dbn(market.mbo[0])
+    monkeypatch.setattr(direct, "PATIENCE_S", 0.0)
+
+    def enough(heard: Any) -> bool:
+        heard.link.taken = lambda: 0
+        return bool(heard.n >= len(events))
+
+    async def session() -> Any:
+        async with playing(market.mbo) as gateway:
+            return await listen(gateway, instruments, enough)
+
+    assert asyncio.run(session()).n == len(events) > 10 * AHEAD
+
+
 class Markets(DataActor):
     """Keeps what is told of the trading state of its instruments."""
 

@@ -199,6 +199,42 @@ def test_a_stream_that_can_wait_loses_nothing_to_models_that_are_late(small: Sma
         serving.close()
 
 
+def test_a_stream_that_can_wait_waits_for_models_that_load(small: Small, session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long that takes: only models that were there and stand still are given up."""
+    made, _, table = session
+    serving, looks = Serving(Models(small.artifact, tuple(table)), lambda: 2**62, 2_048), 0
+    os.kill(serving.process.pid or 0, signal.SIGSTOP)
+    is_set = serving.ready.is_set
+
+    def looked() -> bool:
+        nonlocal looks
+        looks += 1
+        return is_set()
+
+    async def feed() -> None:
+        for n, v in enumerate(made):
+            serving.predict(v)
+            if n % 256 == 0:
+                await serving.room()
+
+    async def both() -> None:
+        feeding = asyncio.ensure_future(feed())
+        with monkeypatch.context() as m:
+            m.setattr("cift_strategies.serving.STUCK_S", 0.0)
+            m.setattr(serving.ready, "is_set", looked)
+            while looks < 20 and not feeding.done():
+                await asyncio.sleep(0)
+        assert not is_set() and not feeding.done()
+        os.kill(serving.process.pid or 0, signal.SIGCONT)
+        await asyncio.wait_for(feeding, WAIT_S)
+
+    try:
+        asyncio.run(both())
+        assert serving.lost == 0 and serving.ready.is_set() and serving.fault is None
+    finally:
+        serving.close()
+
+
 def test_a_stream_does_not_wait_for_models_that_do_nothing(small: Small, session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cift_strategies.serving.STUCK_S", 0.0)
     made, _, table = session
@@ -226,6 +262,18 @@ def test_models_are_swapped_between_two_batches_and_kept_where_the_new_ones_are_
     for v in session[0][1_000:2_000]:
         serving.predict(v)
     serving.until(sum(len(v.closes) for v in session[0][:2_000]))
+
+
+def test_a_session_that_ends_while_models_load_does_not_wait_for_them(
+    small: Small, session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving = Serving(Models(small.artifact, tuple(session[2])), lambda: 0)
+    try:
+        os.kill(serving.process.pid or 0, signal.SIGSTOP)
+        monkeypatch.setattr(serving.finished, "wait", lambda _seconds: pytest.fail("it is waited for"))
+        assert serving.finish(WAIT_S) is None
+    finally:
+        serving.close()
 
 
 def test_damaged_models_are_told_of_in_one_line(small: Small, session: Any, tmp_path: Path) -> None:

@@ -150,6 +150,45 @@ def test_a_venue_that_dies_keeps_its_books_and_gets_what_only_reduces_when_it_is
     node.stop()
 
 
+@pytest.mark.parametrize("noticed", [True, False], ids=["when that is known", "before that is known"])
+def test_an_entry_that_is_sent_to_a_dead_venue_is_over_and_never_arrives(played: Stage, actors: Actors, noticed: bool) -> None:
+    node, why = actors.node(played), "the line to the venue is lost" if noticed else "the line was lost before it arrived"
+    node.ready()
+    if noticed:
+        played.kill_venue()
+        node.until(lambda s: s["lost"])
+    else:
+        played.freeze_venue()
+    node.ask("enter", side=1, size=100, limit=BID)
+    if not noticed:
+        played.kill_venue()
+    played.open_venue()
+    assert why in node.hear("OrderRejected", "entry")["reason"]
+    node.until(lambda s: not s["lost"])
+    told = agree(node, played)
+    assert told["trade"] is None and told["decisions"]["entry rejected"] == 1 and told["open"] == []
+    assert played.ear(None).ask(do="status")["status"]["orders"] == []
+    node.ask("enter", side=1, size=100, limit=BID)
+    node.hear("OrderAccepted", "entry")
+    assert len(agree(node, played)["open"]) == 3
+    node.stop()
+
+
+def test_a_cancel_that_is_sent_to_a_dead_venue_is_sent_again_when_it_is_back(played: Stage, actors: Actors) -> None:
+    node = actors.node(played)
+    node.ready()
+    node.ask("enter", side=1, size=100, limit=BID)
+    node.hear("OrderAccepted", "entry")
+    played.freeze_venue()
+    node.ask("give_up")
+    played.kill_venue()
+    played.open_venue()
+    node.hear("OrderCanceled", "entry")
+    told = agree(node, played)
+    assert told["trade"] is None and told["open"] == []
+    node.stop()
+
+
 # --- killed and started again ---------------------------------------------------------------------------------------------------------
 
 

@@ -191,6 +191,11 @@ class Stage:
         self.venue = json.loads(self._process.stdout.readline())["venue"]
         self.seen()
 
+    def freeze_venue(self) -> None:
+        """From now on it hears nothing, and its lines stay open."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
     def kill_venue(self) -> None:
         assert self._process is not None
         self._process.kill()
