@@ -124,7 +124,7 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack, kills: list[str]) -> P
         line.room = serving.room if config.feed == "replay" else None
     display = Display(system, serving)
     stack.callback(display.close)
-    journal.say = display.say
+    journal.say = serving.on_unkept = display.say
     recovered = recover(system.strategy, journal, config.simulated, config.resting, display.say)
     brokers = venues(config, ready, latency, faults, others, told)
     broker = getattr(brokers[0].config, "link", None)
@@ -331,7 +331,8 @@ def finish(
     traded = Traded.by(system.strategy)
     node.dispose()
     if scored is None or not scored.first:
-        print(f"no report: {'no event came' if scored is not None else serving.fault or 'the models did not answer'}", file=sys.stderr)
+        why = "no event came" if scored is not None else serving.unkept or serving.fault or "the models did not answer"
+        print(f"no report: {why}", file=sys.stderr)
         return config.state
     (config.state / "predictions" / "predictions.parquet").replace(config.state / "predictions.parquet")
     with contextlib.suppress(OSError):

@@ -108,6 +108,8 @@ def check(config: LiveConfig) -> None:
             raise InputError(f"--feed {config.feed} needs definitions: name a TOML as `instruments` in --config (see docs/instruments)")
         if config.feed == "databento" and config.dataset is None:
             raise InputError("--feed databento needs the dataset: write dataset = \"GLBX.MDP3\" or another in --config")
+    if config.live and config.paper:
+        raise InputError(f"--live sends real orders, and --venue {config.venue} takes none: leave --live out, or name a venue of your own")
     if config.venue == "test":
         _check_test_venue(config)
     elif not config.simulated:

@@ -73,14 +73,19 @@ class Session:
         self.stop(name)
 
     async def _wind_down(self) -> None:
-        if self.config.at_end == "keep" or self.system.strategy.faults.first is not None:
+        strategy = self.system.strategy
+        if strategy.faults.first is not None:
             return
-        self.system.strategy.flatten("session ends")
+        if self.config.at_end == "keep":
+            if not strategy.flat:
+                self.display.say(f"kept: {strategy.ledger.told() or 'orders that rest'}; the next start on this --state goes on with them")
+            return
+        strategy.flatten("session ends")
         until = time.monotonic() + FLAT_S
-        while not self.system.strategy.flat and time.monotonic() < until:
+        while not strategy.flat and time.monotonic() < until:
             await asyncio.sleep(0.05)
-        if not self.system.strategy.flat:
-            self.display.say("some positions could not be closed and are kept")
+        if not strategy.flat:
+            self.display.say(f"some positions could not be closed and are kept: {strategy.ledger.told()}")
 
     async def _kill_file(self) -> None:
         path, seen = str(self.config.state / "kill"), False

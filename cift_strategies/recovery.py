@@ -107,11 +107,8 @@ class Recovery:
     def told(self) -> str:
         """One line for the user."""
         s = self.strategy
-        held = [
-            f"{p.size / SCALE:+g} {x.id} at {p.average:.10g}" for x, p in zip(s.terms.instruments, s.ledger.positions) if p.size
-        ]  # fmt: skip
         pnl = ", ".join(f"{s.ledger.pnl(c):+.2f} {c}" for c in s.ledger.currencies)
-        return f"the account goes on: {'; '.join(held) or 'flat'}; PnL {pnl}; {len(s.fills)} fills"
+        return f"the account goes on: {s.ledger.told() or 'flat'}; PnL {pnl}; {len(s.fills)} fills"
 
     def _trades(self) -> dict[int, Trade]:
         from cift_strategies.strategy import Trade

@@ -76,6 +76,11 @@ class Ledger:
     def currencies(self) -> list[str]:
         return list(self._of)
 
+    def told(self) -> str:
+        """What is held, in words; nothing: empty."""
+        held = zip(self.instruments, self.positions)
+        return "; ".join(f"{p.size / SCALE:+g} {x.id} at {p.average:.10g}" for x, p in held if p.size)
+
     def pnl(self, currency: str) -> float:
         """Net PnL since the start: realised and open, less fees."""
         total = 0.0

@@ -191,6 +191,8 @@ class Serving:
         self.engine = Told()
         self.on_learned: Callable[[str, bytes], object] = lambda _version, _weights: None  # about once a second, on the loop
         self.on_reload: Callable[[str, int], object] = lambda _path, _at: None  # new models, and how many events the old ones had seen
+        self.unkept = ""  # why there will be no report of the predictions
+        self.on_unkept: Callable[[str], object] = lambda _why: None
         self.batches = self.skipped = self.passed = self.delivered = 0
         self.reloads = 0
         self._reloading: deque[Future[dict[str, Any]]] = deque()
@@ -321,6 +323,9 @@ class Serving:
                 self.on_reload(str(value["path"]), value.pop("at"))
                 self.engine.model_version, self.models = value["version"], replace(self.models, artifact=Path(value["path"]))
                 asked.set_result(value)
+        elif what == "unkept":
+            self.unkept = value
+            self.on_unkept(value)
         elif what == "fault":
             self.fault = value
 

@@ -137,7 +137,10 @@ class _Server:
         if self.votes is not None:
             self.votes.push(first, block.closes, p, done - came[block.closes], self.engine.model_version)
         if self.outcomes is not None:
-            self.outcomes.push(block, p, done - came[block.closes])
+            try:
+                self.outcomes.push(block, p, done - came[block.closes])
+            except OSError as e:  # a full disk costs the report, and not the models
+                self._unkept(e)
         if time.monotonic() - self._told >= WEIGHTS_EVERY_S:
             self._told = time.monotonic()
             self.replies.send(("weights", (self.engine.learned.weights.copy(), self.engine.regret())))
@@ -152,8 +155,18 @@ class _Server:
             return False
         while self.ring.waiting:
             self._block()
-        self.replies.send(("scored", None if self.outcomes is None else self.outcomes.finish(self.engine)))
+        scored = None
+        if self.outcomes is not None:
+            try:
+                scored = self.outcomes.finish(self.engine)
+            except OSError as e:
+                self._unkept(e)
+        self.replies.send(("scored", scored))
         return True
+
+    def _unkept(self, error: OSError) -> None:
+        self.outcomes = None
+        self.replies.send(("unkept", f"predictions cannot be kept ({error})"))
 
     def _reload(self, path: Any) -> dict[str, Any]:
         try:

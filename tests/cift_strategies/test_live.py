@@ -417,6 +417,17 @@ def test_a_signal_ends_the_session_with_its_positions_closed_and_its_report_writ
     assert json.loads((state / "summary.json").read_text())["open_at_end"] == 0
 
 
+def test_positions_that_are_kept_are_told(small: Small, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    process = session(small, state, "--speed", "20", at_end="keep")
+    until(lambda: held(state), process)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=WITHIN_S)
+    kept = held(state)
+    assert process.returncode == 0 and all(f"{size:+g} {name} at " in said for name, size in kept.items()), said
+    assert bool(kept) == ("\nkept: " in said)
+
+
 def test_a_silent_feed_halts_entries_and_says_so_until_it_speaks_again(small: Small, tmp_path: Path) -> None:
     state = tmp_path / "state"
     process = session(small, state, "--speed", "20", "--duration", "15", faults=["stall@3000:4"])
@@ -504,6 +515,9 @@ def test_real_orders_need_the_option_the_limits_and_a_real_feed() -> None:
         check(LiveConfig(venue="nowhere:Factory", live=True))
     with pytest.raises(InputError, match="is unknown"):
         check(LiveConfig(venue="nasdaq"))
+    for paper in ("sandbox", "test"):
+        with pytest.raises(InputError, match=f"--venue {paper} takes none"):
+            check(LiveConfig(venue=paper, live=True))
 
 
 @pytest.mark.parametrize(

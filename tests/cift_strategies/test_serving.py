@@ -264,6 +264,23 @@ def test_models_are_swapped_between_two_batches_and_kept_where_the_new_ones_are_
     serving.until(sum(len(v.closes) for v in session[0][:2_000]))
 
 
+def test_a_full_disk_costs_the_report_and_not_the_models(small: Small, session: Any, tmp_path: Path) -> None:
+    (tmp_path / "predictions.parquet").symlink_to("/dev/full")
+    made, _, table = session
+    serving, said = Asked(small, table, tmp_path), list[str]()
+    serving.on_unkept = said.append
+    try:
+        for n, v in enumerate(made):
+            serving.predict(v)
+            if n % 500 == 0:
+                serving.until(sum(len(v.closes) for v in made[: n + 1]))
+        serving.until(sum(len(v.closes) for v in made))
+        assert serving.fault is None and serving.finish(WAIT_S) is None
+        assert said == [serving.unkept] and "No space left on device" in said[0]
+    finally:
+        serving.close()
+
+
 def test_a_session_that_ends_while_models_load_does_not_wait_for_them(
     small: Small, session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
