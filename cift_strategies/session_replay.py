@@ -358,12 +358,12 @@ class Retold(Recovery):
 
 
 def go_on(strategy: Any, began: Path, live: LiveConfig, stack: contextlib.ExitStack) -> None:
-    """Put into `strategy` what the session began with: its journal as it was, of which a copy is gone on with."""
+    """Put into `strategy` what a session in the sandbox began with: its journal as it was, of which a copy is gone on with."""
     from cift_strategies.journal import Journal
 
     journal = Journal(Path(shutil.copytree(began, Path(stack.enter_context(tempfile.TemporaryDirectory())) / BEGAN)), goes_on=True)
     stack.callback(journal.close)
-    strategy.recovery = Retold(strategy, journal, live.simulated, live.resting)
+    strategy.recovery = Retold(strategy, journal, True, live.resting)
     strategy.recovery.restore()
 
 
@@ -445,7 +445,7 @@ def _run(config: RunConfig, recording: Recording, out: Path, stack: contextlib.E
     ahead = Ahead(recorded.asking(blocks), Swapping(), recorded, HORIZONS_NS, len(instruments), sink)  # type: ignore[arg-type]
     system = assemble(terms, ahead, live.strategy)
     system.features.intake = Intake(recording)
-    if (recording.folder / BEGAN).is_dir():
+    if live.simulated and (recording.folder / BEGAN).is_dir():
         go_on(system.strategy, recording.folder / BEGAN, live, stack)
     teller, messages = Teller(notes, found, system, clock, link), Messages(instruments)
     venues = [retold.venue(link, name, starting(traded, live.limits.capital)) for name, traded in sorted(by_venue(instruments).items())]
@@ -494,9 +494,8 @@ def reasons(told: dict[str, Any], live: Any, teller: Teller, passed: int) -> lis
     if passed != told.get("passed", passed) and not told.get("lost"):
         out.append(f"the session says that it passed over {told['passed']:,} batches: predictions are missing from its recording")
     if told["goes_on"] and teller.strategy.recovery is None:
-        out.append("the session went on from an earlier one, and what it began with was not recorded: it is not replayed")
-    elif told["goes_on"] and not live.simulated:
-        out.append("the session went on from an earlier one: what its venue told at the start (fills, orders that rest) is not replayed")
+        why = "that was not recorded" if live.simulated else "its venue told part of that"
+        out.append(f"the session went on from an earlier one: what it began with is not replayed, because {why}")
     if told.get("lost"):
         out.append(f"{told['lost']} events found no room in the models' queue: what the models said after that cannot be said again")
     if live.budget_ms is not None:
