@@ -55,7 +55,10 @@ class Traded:
 
         fills, positions = table(strategy.fills, FILLS), table(strategy.positions, POSITIONS)
         currency = strategy.ledger.currencies[0]
-        equity = [(t, v) for t, c, v in strategy.equity if c == currency]
+        marks, restored = strategy.equity, 0 if strategy.recovery is None else strategy.recovery.restored
+        if 0 < restored < len(marks) and marks[restored][0] < marks[restored - 1][0]:
+            marks = marks[restored:]  # a replay has begun anew after a restart: this time was there before
+        equity = [(t, v) for t, c, v in marks if c == currency]
         equity = equity[:: max(1, -(-len(equity) // EQUITY_POINTS))] + equity[-1:]
         ts, value = np.array([t for t, _ in equity], np.int64), np.array([v for _, v in equity], np.float64)
         orders = table(strategy.order_log, ORDERS)

@@ -42,6 +42,7 @@ class Recovery:
     ) -> None:  # fmt: skip
         self.strategy, self.journal, self.simulated, self.resting, self._say = strategy, journal, simulated, resting, say
         self.waits: set[int] = set()  # instruments whose position is not yet under the strategy's care again
+        self.restored = 0  # points of the equity curve that are of before
         self._seeds: dict[int, ClientOrderId] = {}
         self._again: dict[int, int] = {}  # instrument -> when the next seed may be sent, ns
         self._unsent: list[tuple[int, Trade]] = []  # entries that nothing came of
@@ -73,6 +74,7 @@ class Recovery:
                         f"{self.journal.path} contradicts itself at mark {seq} of {name}: its fills do not make that position; "
                         "were multiplier or currency changed? Choose another --state"
                     )
+        self.restored = len(s.equity)
         s.positions += [tuple(row) for _, _, row in past.closed if row is not None]
         over, killed = {t for t, _, _ in past.closed}, past.switch[0] == "killed"
         exits = {trade for _, trade, role, *_ in past.sent if role == "exit"}

@@ -20,6 +20,7 @@ from cift_models.ensemble import Ensemble
 from cift_strategies import journal as journals
 from cift_strategies.journal import Journal, Sent
 from cift_strategies.messages import Signal
+from cift_strategies.outcome import Traded
 from cift_strategies.recovery import Recovery, recover
 from cift_strategies.risk import Ledger, Limits
 from cift_strategies.settings import Settings
@@ -122,6 +123,18 @@ def test_a_session_that_ended_in_order_and_flat_ends_its_account(tmp_path: Path)
         accounts.append(journal.account)
         journal.close(flat)
     assert accounts == [1, 1, 1, 1, 5, 6]
+
+
+@pytest.mark.parametrize(("again", "drawn"), [(5, [5, 6]), (30, [10, 20, 30, 31])], ids=["a replay begun anew", "time went on"])
+def test_the_equity_curve_of_an_account_that_goes_on_never_runs_backwards(tmp_path: Path, again: int, drawn: list[int]) -> None:
+    journal, x, ledger = Journal(tmp_path), SHARES[0], Ledger(SHARES, Limits())
+    for ts in (10, 20):
+        journal.mark(ts, x.id, 100.0, ledger.mark(0, 100.0, ts), ledger.positions[0])
+    journal.close()
+    strategy = EnsembleStrategy(Terms(SHARES, Settings(), Limits()))
+    assert recover(strategy, Journal(tmp_path), True) is not None
+    strategy.equity += [(again, "USD", 0.0), (again + 1, "USD", 0.0)]
+    assert Traded.by(strategy).equity_ts.tolist() == [*drawn, drawn[-1]]  # it ends with its last point, however thinned
 
 
 def test_the_kill_switch_is_on_after_a_restart_until_it_is_taken_off(tmp_path: Path) -> None:
