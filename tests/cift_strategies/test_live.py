@@ -200,7 +200,9 @@ def test_turns_after_the_last_event_that_was_recorded_are_cut_off(begun: tuple[P
 
 def test_an_alert_has_its_turn_where_it_is_noted_and_nowhere_else(begun: tuple[Path, Notes, int], tmp_path: Path) -> None:
     folder, notes, n = begun
-    alerts = [a for a, b in pairwise(notes[:n]) if (a["kind"], b["kind"]) == ("alert", "order")]  # those that something followed from
+    pairs = [(a, b["what"]) for a, b in pairwise(notes[:n]) if (a["kind"], b["kind"]) == ("alert", "order")]
+    sent = ("OrderInitialized", "OrderPendingCancel")
+    alerts = [a for a, b in pairs if b["event"] in sent and b["signal"] == a["what"][2]]  # those that something followed from
     left_out = alerts[len(alerts) * 3 // 4]
     told = replayed(folder, [a for a in notes[:n] if a is not left_out], tmp_path)
     _, k, signal = left_out["what"]
