@@ -164,6 +164,8 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack, kills: list[str]) -> P
         recorder.close(lost=serving.lost, passed=serving.passed)
     signal.signal(signal.SIGTERM, _interrupt)  # the loop has put the system's own in their place
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if held := system.strategy.ledger.told():  # what was on its way has been filled by now
+        display.say(f"kept: {held}; the next start on this --state goes on with that")
     display.close()
     faults.reraise()
     if broker is not None and broker.fault is not None:

@@ -74,18 +74,14 @@ class Session:
 
     async def _wind_down(self) -> None:
         strategy = self.system.strategy
-        if strategy.faults.first is not None:
-            return
-        if self.config.at_end == "keep":
-            if not strategy.flat:
-                self.display.say(f"kept: {strategy.ledger.told() or 'orders that rest'}; the next start on this --state goes on with them")
+        if self.config.at_end == "keep" or strategy.faults.first is not None:
             return
         strategy.flatten("session ends")
         until = time.monotonic() + FLAT_S
         while not strategy.flat and time.monotonic() < until:
             await asyncio.sleep(0.05)
         if not strategy.flat:
-            self.display.say(f"some positions could not be closed and are kept: {strategy.ledger.told()}")
+            self.display.say("some positions could not be closed and are kept")
 
     async def _kill_file(self) -> None:
         path, seen = str(self.config.state / "kill"), False
