@@ -115,6 +115,12 @@ class Mirror:
         self._status()
         self._flush()
 
+    def done(self, result: Told) -> None:
+        """The node has carried out a command; who asks next need not wait for the next frame to be told."""
+        if self.frame is not None and "state" in result:
+            self.frame["node"]["state"] = result["state"]
+            self._texts.pop(FRAME, None)
+
     # --- what comes from the node -----------------------------------------------------------------------------------------------------
 
     def take(self, message: Told) -> None:
