@@ -27,7 +27,7 @@ from cift_strategies.server.mirror import Mirror
 from cift_strategies.server.streams import Protocol
 from cift_strategies.server.window import Windows
 
-NICE: Final = 19  # the node goes before: at 5 its threads waited for the server ten times as long (docs/measurements.md)
+NICE: Final = 5  # the node goes before
 SENT: Final = 256 << 10  # bytes that the system holds for one client, so that a slow one is noticed
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -47,10 +47,12 @@ def serve(
     member: Annotated[list[str] | None, typer.Option(help='members of your own that the models may hold, "package.module:Class"')] = None,
     with_parent: Annotated[bool, typer.Option("--with-parent", hidden=True, help="end when standard input ends")] = False,
 ) -> None:
+    if with_parent:
+        _go_behind()
     secret = token(state / "token")
     listener = listen(host, port)
     where = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{listener.getsockname()[1]}"
-    mirror = Mirror()
+    mirror = Mirror(later=lambda s, f: asyncio.get_running_loop().call_later(s, f))
     reader = Reader(link, mirror.take, mirror.gone, mirror.done)
     metrics = Metrics(mirror)
     routes: Any = make_app(mirror, reader, Windows(tuple(member or ())), metrics, artifacts)
@@ -66,9 +68,8 @@ def serve(
 
 
 def _go_behind() -> None:
-    """Yield to the node, once ready: a start is two seconds of work, for which a busy machine would leave no time. This process's own
-    priority counts within its session only, where Linux gives each session the same share (autogroups, sched(7)), so its session's is
-    lowered too."""
+    """Yield to the node. This process's own priority counts within its session only, where Linux gives each session the same share
+    (autogroups, sched(7)), so its session's is lowered too."""
     os.nice(NICE)
     with contextlib.suppress(OSError):  # there are none here
         Path("/proc/self/autogroup").write_text(str(NICE))
@@ -107,8 +108,6 @@ async def _run(server: uvicorn.Server, listener: socket.socket, reader: Reader, 
         await asyncio.sleep(0.01)
     gc.collect()
     gc.freeze()  # what is there stays: no collection between two answers has to look through it (5 ms)
-    if with_parent:
-        _go_behind()
     print(json.dumps(told), flush=True)
     try:
         await serving

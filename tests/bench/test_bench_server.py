@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TURNS, SECONDS, SETTLE, SPEED = 18, 4.0, 0.5, float(os.environ.get("CIFT_SPEED", "1"))
+TURNS, SECONDS, SETTLE, SPEED = 14, 4.0, 0.5, float(os.environ.get("CIFT_SPEED", "1"))
 CLIENTS, RATE = 200, 500.0
 READY_S = 300.0
 

@@ -21,7 +21,7 @@ from websockets.streams import StreamReader
 
 from cift_strategies.server import streams
 from cift_strategies.server.__main__ import listen
-from cift_strategies.server.mirror import WAITING, Client, Mirror, framed
+from cift_strategies.server.mirror import TOGETHER, WAITING, Client, Mirror, framed
 
 
 def test_a_stream_begins_with_a_snapshot_and_counts_what_follows(messages: list[dict[str, Any]], tmp_path: Path) -> None:  # noqa: F811
@@ -76,6 +76,20 @@ def test_a_client_is_cut_once_when_too_much_waits_however_long_its_first_message
     for _ in range(3):
         client.put(b"late")
     assert len(cuts) == 1 and len(written) == 2
+
+
+def test_many_clients_are_told_in_groups_and_each_of_everything(messages: list[dict[str, Any]]) -> None:  # noqa: F811
+    waits: list[Any] = []
+    mirror = Mirror(later=lambda _, told: waits.append(told))
+    written: list[list[bytes]] = [[] for _ in range(2 * TOGETHER + 1)]
+    for lines in written:
+        mirror.prediction_clients.add(Client(lines.append, lambda: 0, lambda: None))
+    mirror.take(json.loads(json.dumps(messages[0])))
+    assert sum(map(bool, written)) == TOGETHER and len(waits) == 1
+    mirror.take(json.loads(json.dumps(messages[1])))  # more news before the others were told of the first
+    while waits:
+        waits.pop(0)()
+    assert all(written) and len({b"".join(lines) for lines in written}) == 1
 
 
 def test_frames_come_as_the_node_sent_them_and_an_unknown_instrument_ends_a_stream(messages: list[dict[str, Any]], tmp_path: Path) -> None:  # noqa: F811
