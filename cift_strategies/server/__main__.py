@@ -52,8 +52,8 @@ def serve(
     secret = token(state / "token")
     listener = listen(host, port)
     where = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{listener.getsockname()[1]}"
-    mirror = Mirror()
-    reader = Reader(link, mirror.take, mirror.gone)
+    mirror = Mirror(later=lambda s, f: asyncio.get_running_loop().call_later(s, f))
+    reader = Reader(link, mirror.take, mirror.gone, mirror.done)
     metrics = Metrics(mirror)
     routes: Any = make_app(mirror, reader, Windows(tuple(member or ())), metrics, artifacts)
     everything = host not in LOCAL

@@ -225,10 +225,14 @@ class Refused(Exception):
 
 
 class Reader:
-    """The server's end: connects, and again whenever the node went away; gives every message to `take`."""
+    """The server's end: connects, and again whenever the node went away; gives every message to `take`, but results of commands, in their
+    turn among the others, to `done`."""
 
-    def __init__(self, path: Path, take: Callable[[Answer], None], left: Callable[[], None] = lambda: None) -> None:
-        self._path, self._take, self._left = path, take, left
+    def __init__(
+        self, path: Path, take: Callable[[Answer], None], left: Callable[[], None] = lambda: None,
+        done: Callable[[Answer], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        self._path, self._take, self._left, self._done = path, take, left, done
         self._asked: dict[int, asyncio.Future[Answer]] = {}
         self._number = 0
         self._writer: asyncio.StreamWriter | None = None
@@ -280,6 +284,8 @@ class Reader:
 
     def _message(self, told: Answer) -> None:
         if "reply" in told:
+            if told["ok"]:
+                self._done(told["result"])
             future = self._asked.get(told["reply"])
             if future is not None and not future.done():
                 future.set_result(told)

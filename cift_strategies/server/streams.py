@@ -7,6 +7,7 @@ several times as much as the messages. What is left to do here is to let clients
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from typing import Annotated, Any, Final, cast
 
 from fastapi import APIRouter, Query, WebSocket, WebSocketDisconnect
@@ -16,17 +17,24 @@ from cift_strategies.server.mirror import FRAME, Client, Mirror, encode, framed
 from cift_strategies.server.problems import problem
 
 MOST: Final = 500  # clients at once
-TELL_S: Final = 2.0  # to tell a client that it is cut off
+TELL_S: Final = 30.0  # in which a client that is cut off may still read that it is
 TOO_SLOW: Final = 1013  # close codes: try again later, and policy violation
 UNKNOWN: Final = 1008
 
 
 class Protocol(WebSocketsSansIOProtocol):
-    """uvicorn's, which the application gets as `cift.connection`: to write without waiting, and to be rid of a client that reads nothing
-    (its own close waits until there is room for it).
+    """uvicorn's, which the application gets as `cift.connection`: to write without waiting, and to be rid of a client that reads nothing.
+
+    The transport is given one piece at a time, the next when the system has taken it. So what waits can be thrown away for a client that is
+    cut off, and the close frame stands behind the piece that is under way, however much the client left unread.
     """
 
+    _later: deque[bytes]
+    _bytes = 0  # in _later
+
     async def run_asgi(self) -> None:
+        self._later = deque()
+        self.transport.set_write_buffer_limits(high=0)  # resume_writing: everything has been taken
         cast(dict[str, Any], self.scope)["cift.connection"] = self
         await super().run_asgi()
 
@@ -38,19 +46,42 @@ class Protocol(WebSocketsSansIOProtocol):
     def write(self, data: bytes) -> None:
         """Send framed messages; what the system does not take waits in memory."""
         if not self.close_sent and not self.transport.is_closing():
-            self.transport.write(data)
+            self._write(data)
 
     def waiting(self) -> int:
         """Bytes that the system has not taken."""
-        return self.transport.get_write_buffer_size()
+        return self.transport.get_write_buffer_size() + self._bytes
 
     def cut(self) -> None:
-        """Tell the client, behind what it has not read, and end the connection whether or not it reads that in time."""
-        if not self.close_sent and not self.transport.is_closing():
-            self.conn.send_close(TOO_SLOW, "too slow: messages were not read in time")
-            self.transport.write(b"".join(self.conn.data_to_send()))
-            self.close_sent = True
+        """Throw away what waits, tell the client, and end the connection when it has read that; at the latest after TELL_S."""
+        if self.close_sent or self.transport.is_closing():
+            return
+        self._later.clear()
+        self._bytes = 0
+        self.conn.send_close(TOO_SLOW, "too slow: messages were not read in time")
+        self._write(b"".join(self.conn.data_to_send()))
+        self.close_sent = True
+        # The client's close frame or the end of its line ends the connection: to close it while there is something of the client's to be
+        # read would reset it, and throw away what is under way.
+        self.close_timer = self.loop.call_later(TELL_S, self.transport.abort)
+
+    def keepalive_timeout(self) -> None:
+        super().keepalive_timeout()  # its own close waits for a client that reads nothing, for ever
         self.loop.call_later(TELL_S, self.transport.abort)
+
+    def _write(self, data: bytes) -> None:
+        if self._later or self.transport.get_write_buffer_size():
+            self._later.append(data)
+            self._bytes += len(data)
+        else:
+            self.transport.write(data)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        while self._later and not self.transport.get_write_buffer_size():
+            data = self._later.popleft()
+            self._bytes -= len(data)
+            self.transport.write(data)
 
 
 def router(mirror: Mirror) -> APIRouter:

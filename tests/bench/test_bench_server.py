@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TURNS, SECONDS, SETTLE, SPEED = 11, 4.0, 0.5, float(os.environ.get("CIFT_SPEED", "1"))
+TURNS, SECONDS, SETTLE, SPEED = 14, 4.0, 0.5, float(os.environ.get("CIFT_SPEED", "1"))
 CLIENTS, RATE = 200, 500.0
 READY_S = 300.0
 
@@ -87,7 +87,7 @@ class Load:
 
     def __init__(self, url: str) -> None:
         command = [sys.executable, "tests/bench/server_load.py", url]
-        pipes: dict[str, Any] = {"cwd": ROOT, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        pipes: dict[str, Any] = {"cwd": ROOT, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
         self._started = [subprocess.Popen([*command, *how], **pipes) for how in (["--clients", str(CLIENTS)], ["--rate", str(RATE)])]
 
     def begin(self) -> None:

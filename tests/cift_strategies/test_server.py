@@ -345,6 +345,7 @@ def test_pages_of_other_hosts_may_not_open_the_stream(served: Served) -> None:
 def test_commands_reach_the_node_and_its_answer_comes_back(served: Served) -> None:
     del served.node.commands[:]
     assert served.http.post("/api/v1/pipeline/stop", headers=served.bearer).json() == {"state": "paused"}
+    assert served.http.get("/ready").json()["state"] == "paused"  # no frame has come since
     assert served.http.post("/api/v1/kill", headers=served.bearer, json={"reason": "smoke"}).json() == {"state": "killed"}
     assert served.http.post("/api/v1/pipeline/start", headers=served.bearer).json() == {"state": "running"}
     told = served.http.post("/api/v1/models/reload", headers=served.bearer, json={"path": "out/next"})

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-import socket
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
+from fastapi import FastAPI
 from nodes import GUARD_S, Served, serving
 from test_server import messages  # noqa: F401 - a fixture
-from websockets.asyncio.client import connect
+from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import Frame, Opcode
 from websockets.streams import StreamReader
 
-from cift_strategies.server.mirror import WAITING, Client, framed
+from cift_strategies.server import streams
+from cift_strategies.server.__main__ import listen
+from cift_strategies.server.mirror import TOGETHER, WAITING, Client, Mirror, framed
 
 
 def test_a_stream_begins_with_a_snapshot_and_counts_what_follows(messages: list[dict[str, Any]], tmp_path: Path) -> None:  # noqa: F811
@@ -73,6 +78,20 @@ def test_a_client_is_cut_once_when_too_much_waits_however_long_its_first_message
     assert len(cuts) == 1 and len(written) == 2
 
 
+def test_many_clients_are_told_in_groups_and_each_of_everything(messages: list[dict[str, Any]]) -> None:  # noqa: F811
+    waits: list[Any] = []
+    mirror = Mirror(later=lambda _, told: waits.append(told))
+    written: list[list[bytes]] = [[] for _ in range(2 * TOGETHER + 1)]
+    for lines in written:
+        mirror.prediction_clients.add(Client(lines.append, lambda: 0, lambda: None))
+    mirror.take(json.loads(json.dumps(messages[0])))
+    assert sum(map(bool, written)) == TOGETHER and len(waits) == 1
+    mirror.take(json.loads(json.dumps(messages[1])))  # more news before the others were told of the first
+    while waits:
+        waits.pop(0)()
+    assert all(written) and len({b"".join(lines) for lines in written}) == 1
+
+
 def test_frames_come_as_the_node_sent_them_and_an_unknown_instrument_ends_a_stream(messages: list[dict[str, Any]], tmp_path: Path) -> None:  # noqa: F811
     async def listen(s: Served) -> None:
         async with connect(s.url.replace("http", "ws") + "/api/v1/frames", max_size=None) as ws:
@@ -90,15 +109,15 @@ def test_frames_come_as_the_node_sent_them_and_an_unknown_instrument_ends_a_stre
         asyncio.run(asyncio.wait_for(listen(s), GUARD_S))
 
 
-def test_who_does_not_read_is_cut_off_and_others_lose_nothing(messages: list[dict[str, Any]], tmp_path: Path) -> None:  # noqa: F811
+def test_who_does_not_read_is_cut_off_and_told_so_and_others_lose_nothing(messages: list[dict[str, Any]], tmp_path: Path) -> None:  # noqa: F811
+    async def until_cut(client: ClientConnection) -> AsyncIterator[Any]:
+        with contextlib.suppress(ConnectionClosed):
+            while True:
+                yield await client.recv()
+
     async def listen(s: Served) -> None:
         at = s.url.replace("http", "ws") + "/api/v1/frames"
-        async with connect(at, max_size=None) as keen:
-            lazy = socket.create_connection(("127.0.0.1", int(s.url.rsplit(":", 1)[1])))
-            lazy.sendall(
-                f"GET /api/v1/frames HTTP/1.1\r\nHost: {s.url.removeprefix('http://')}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
-            )
+        async with connect(at, max_size=None) as keen, connect(at, max_size=None, max_queue=1) as lazy:
             assert json.loads(await keen.recv())["kind"] == "snapshot"
             seen = 1
 
@@ -111,7 +130,39 @@ def test_who_does_not_read_is_cut_off_and_others_lose_nothing(messages: list[dic
                     frame = json.loads(await keen.recv())
                     assert frame["seq"] == seen + 1
                     seen = frame["seq"]
-            lazy.close()
+            heard = [json.loads(text)["seq"] async for text in until_cut(lazy)]
+            assert heard == list(range(1, len(heard) + 1))  # what was under way, whole and in order
+            assert 1 < len(heard) < seen - WAITING / len(json.dumps(frame)) / 2  # what had waited here was thrown away
+            assert (lazy.close_code, lazy.close_reason) == (1013, "too slow: messages were not read in time")
 
     with serving(tmp_path, messages) as s:
         asyncio.run(asyncio.wait_for(listen(s), GUARD_S))
+
+
+def test_who_never_reads_is_gone_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "TELL_S", 0.01)
+
+    async def serve() -> None:
+        mirror, app = Mirror(), FastAPI()
+        app.include_router(streams.router(mirror))
+        server = uvicorn.Server(uvicorn.Config(app, ws=streams.Protocol, ws_per_message_deflate=False, lifespan="off", log_config=None))
+        listener = listen("127.0.0.1", 0)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        port = listener.getsockname()[1]
+        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
+        head = f"GET /api/v1/frames HTTP/1.1\r\nHost: localhost:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        writer.write(f"{head}Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode())
+        while not mirror.frame_clients:
+            await asyncio.sleep(0)
+        (client,) = mirror.frame_clients
+        while not client.slow:
+            client.put(framed(b"x" * WAITING))
+            await asyncio.sleep(0)
+        while mirror.frame_clients:
+            await asyncio.sleep(0)
+        assert mirror.cut == 1
+        writer.transport.abort()
+        server.should_exit = True
+        await serving
+
+    asyncio.run(asyncio.wait_for(serve(), GUARD_S))

@@ -98,7 +98,9 @@ export function Orders(): JSX.Element {
   return (
     <Panel title={over() ? "Trades" : "Orders and trades"} area="orders">
       <Show when={!over()}>
-        <Table caption="Working orders" columns={ORDERS} rows={working()} empty="no order works" />
+        <Show when={working().length} fallback={<p class="empty">no order works</p>}>
+          <Table caption="Working orders" columns={ORDERS} rows={working()} empty="" />
+        </Show>
       </Show>
       <Table titled caption="Closed trades, newest first" columns={TRADES} rows={trades().slice(0, CLOSED)} empty="no trade was closed" />
     </Panel>
