@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 import time
 from collections import deque
@@ -79,6 +80,23 @@ def _put(words, events, rows, came, closes, block, matrix, start, stop, now, end
     return True
 
 
+def _shared(size: int) -> SharedMemory:
+    """`size` bytes that are really there, else InputError. Pages are given as they are first written: unless all of them
+    are asked for now, the node dies of SIGBUS within the session (in a container's default of 64 MB, after some 115,000 events)."""
+    memory = SharedMemory(create=True, size=size)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(memory._fd, 0, size)  # type: ignore[attr-defined]
+    except OSError as fault:
+        memory.close()
+        memory.unlink()
+        raise InputError(
+            f"/dev/shm: {fault.strerror}; events go to the models through {-(-size >> 20)} MiB of shared memory "
+            "(give a container more: --shm-size 256m)"
+        ) from None
+    return memory
+
+
 class Ring:
     """Events with their feature rows between one writer and one reader, in shared memory. A slot is written before HEAD passes it and read
     before TAIL does; both only grow, and a slot's place is its number modulo the capacity."""
@@ -86,7 +104,7 @@ class Ring:
     def __init__(self, capacity: int, name: str | None = None) -> None:
         f = len(NAMES)
         sizes = (64, capacity * EVENT.itemsize, capacity * 8 * f, capacity * 8, capacity)
-        self.memory = SharedMemory(name, create=name is None, size=sum(sizes), track=name is None)
+        self.memory = _shared(sum(sizes)) if name is None else SharedMemory(name, track=False)
         starts, buffer = np.cumsum((0, *sizes)), self.memory.buf
         assert buffer is not None
         self.capacity = capacity

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 from conftest import EAGER, Small
 from tapes import Tape, write
+
+from cift_strategies.serving import CAPACITY, Ring
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -129,6 +134,27 @@ def test_help_is_quick_to_import() -> None:
     code = f"import sys, run_backtest; print(sorted(m for m in {heavy} if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_unit_and_the_container_start_a_session_as_its_command_line_stands() -> None:
+    import run_live
+
+    unit, container = ((ROOT / "docs" / "deploy" / name).read_text() for name in ("cift.service", "Containerfile"))
+    started = shlex.split(re.search(r"^ExecStart=(.*)", unit, re.M)[1])  # type: ignore[index]
+    entry = json.loads(re.search(r"^ENTRYPOINT (.*)", container, re.M)[1])  # type: ignore[index]
+    live = typer.main.get_command(run_live.app)
+    for command, state in ((started, "/var/lib/cift"), (entry, "/state")):
+        assert command[0].endswith(".venv/bin/python") and command[1] == "run_live.py"
+        given = live.make_context("run_live.py", command[2:]).params
+        assert (given["state"], given["port"]) == (Path(state), 8765)
+    assert "http://127.0.0.1:8765/ready" in container and "NUMBA_CACHE_DIR=/state/" in container
+    told = int(re.search(r"--shm-size (\d+)m", container)[1])  # type: ignore[index]
+    ring = Ring(CAPACITY)
+    try:
+        assert ring.memory.size < told << 20
+    finally:
+        ring.close()
+        ring.memory.unlink()
 
 
 def test_the_kernels_of_a_run_compile_apart() -> None:

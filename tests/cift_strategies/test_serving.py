@@ -304,6 +304,15 @@ def test_damaged_models_are_told_of_in_one_line(small: Small, session: Any, tmp_
         serving.close()
 
 
+@pytest.mark.skipif(not os.path.isdir("/dev/shm") or not os.statvfs("/dev/shm").f_blocks, reason="shared memory without a limit")
+def test_shared_memory_that_the_machine_does_not_have_is_said_at_the_start_in_one_line_and_nothing_is_left_of_it() -> None:
+    there = os.statvfs("/dev/shm")
+    size = there.f_blocks * there.f_frsize
+    with pytest.raises(InputError, match=r"^/dev/shm: No space left on device; .* MiB of shared memory .*--shm-size 256m\)$"):
+        Ring(size // EVENT.itemsize)
+    assert not [f for f in os.scandir("/dev/shm") if f.stat().st_size > size]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 40)), max_size=60))
 def test_a_ring_gives_back_what_was_put_in_order_or_refuses_it_whole(steps: list[tuple[bool, int]]) -> None:
