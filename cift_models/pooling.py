@@ -19,7 +19,7 @@ I64 = NDArray[np.int64]
 SOFT: Final = 1e-4  # every vote is mixed with this much of the uniform one, so that no loss is infinite
 STRETCHES: Final = 4  # of time, for forecasts of decisions that the pool was not fitted on
 ROWS: Final = 40_000  # decisions of a horizon that a pool is fitted on
-SPELL: Final = 0.2  # of an independent label: those of one slice of time share its weather, and tell less of the next
+SPELL: Final = 0.4  # of an independent label: those of one slice of time share its weather, and tell less of the next
 # beliefs before any label, as precisions: of a weight around equal shares, of a regime's weight around that of all, of a constant around 0
 EVEN: Final = 5.0
 ALIKE: Final = 30.0

@@ -153,4 +153,4 @@ def test_labels_of_one_slice_count_as_a_share_of_themselves(monkeypatch):
 
     lowered = pool(400.0)
     monkeypatch.setattr(pooling, "SPELL", 1.0)
-    assert np.allclose(lowered, pool(400.0 * 0.2), atol=1e-3) and not np.allclose(lowered, pool(400.0), atol=0.05)
+    assert np.allclose(lowered, pool(400.0 * 0.4), atol=1e-3) and not np.allclose(lowered, pool(400.0), atol=0.05)
