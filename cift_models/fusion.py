@@ -34,6 +34,7 @@ ALTERNATIVE = tuple(f"alt_{n}" for n in altdata.NAMES)  # columns of values; tho
 AGE = "_age"
 TRAVELS, LEAST_TRAVELS = 10, 30  # that a column has to make in the fit slice, on average of the instruments and over all of them
 BLENDS, PARTS = (0.0, 0.25, 0.5, 0.75, 1.0), 4  # shares of the isotonic curve that are tried, and parts of time that try them
+CURVES = 200.0  # curves from n independent labels count n / (n + CURVES) at most: a short slice has class shares of its own
 SLICES, EXPLAINED = 4, 250  # slices of time over which SHAP values are taken, and decisions of each
 FLOOR = 1e-3  # no calibrated probability is nearer to 0 or 1
 
@@ -166,7 +167,8 @@ class Fusion:
                 continue
             raw = np.empty((len(later), 3))
             softmax(raised.scores(table.rows[later], table.instrument[later], table.ts[later])[:, 3 * h : 3 * h + 3], raw)
-            blend = _blend(raw, y[later], table.ts[later], table.known_at[later, h])
+            n = study.independent(later, h)
+            blend = n / (n + CURVES) * _blend(raw, y[later], table.ts[later], table.known_at[later, h])
             iso = IsotonicRegression(out_of_bounds="clip")
             for c in range(3):
                 iso.fit(raw[:, c], y[later] == c)

@@ -44,10 +44,10 @@ from cift_models.transformer_kernel import (
     scale_rows,
 )  # fmt: skip
 from cift_models.transformer_lessons import COLUMNS, Lessons, Windows, pieces
-from cift_models.transformer_train import Batch, Config, Data, network, outputs, shapes, torch_settings, train
+from cift_models.transformer_train import Batch, Config, Data, Lines, network, outputs, shapes, torch_settings, train
 from cift_models.windows import MINUTES, SECONDS, TICKS, Block, History, Views, Votes
 
-__all__ = ["COLUMNS", "Config", "State", "Transformer", "fit_slope"]
+__all__ = ["COLUMNS", "Config", "State", "Transformer", "borne_out"]
 
 
 class State(NamedTuple):
@@ -61,17 +61,17 @@ class State(NamedTuple):
 
 
 class Transformer:
-    """The member. `centre`, `scale` (I, C) of the columns; `slope` (H,), `offset` (H, 3): calibrated logits are slope * logits + offset;
-    `size` (I, H) ticks that a magnitude of 1 stands for; `usable` (H,) horizons that were learnt."""
+    """The member. `centre`, `scale` (I, C) of the columns; logits are those of `lines` and `share` (H,) of the network's on top; `size`
+    (I, H) ticks that a magnitude of 1 stands for; `usable` (H,) horizons that were learnt."""
 
     name = "transformer"
 
     def __init__(
         self, names: Sequence[str], columns: Sequence[str], config: Config, weights: Weights, centre: F64, scale: F64,
-        usable: NDArray[np.bool_], slope: F64, offset: F64, size: F64, losses: Sequence[tuple[float, float]] = (),
+        usable: NDArray[np.bool_], lines: Lines, share: F64, size: F64, losses: Sequence[tuple[float, float]] = (),
     ) -> None:  # fmt: skip
         self.columns, self.config, self.weights, self.losses = tuple(columns), config, weights, [(float(a), float(b)) for a, b in losses]
-        self.centre, self.scale, self.usable, self.slope, self.offset, self.size = centre, scale, usable, slope, offset, size
+        self.centre, self.scale, self.usable, self.lines, self.share, self.size = centre, scale, usable, lines, share, size
         place = {name: i for i, name in enumerate(names)}
         self._index = np.array([place.get(c, -1) for c in self.columns], np.int64)
         self._encoders = tuple(part(Encoder, f, weights) for f in FRAMES)
@@ -84,7 +84,8 @@ class Transformer:
 
     @classmethod
     def fit(cls, study: Study, gathered: Windows, config: Config | None = None, start: Self | None = None) -> Self:
-        """Weights on the fit slice, stopped early and calibrated on the calibration slice; on a CPU deterministic for `study.seed`.
+        """Lines of the newest row and weights of the network on the fit slice, the latter stopped early, and its share, by the calibration
+        slice; on a CPU deterministic for `study.seed`.
 
         From a `start`, an earlier fit of the same instruments, columns and sizes, descent begins at its weights, in its units, and what
         does not improve on them is not kept. Raises InputError where fewer than `config.least` windows of the fit slice have a label.
@@ -99,27 +100,28 @@ class Transformer:
             start = None
         units = lessons.scalers(sample) if start is None else (start.centre, start.scale)
         data = Data(sample, *units, gathered.columns)
+        lines = Lines.fit(lessons, data, config, None if start is None else start.lines)
         with torch_settings(config.threads):
             import torch
 
-            weights, losses = train(lessons, data, study.seed, config, None if start is None else start.weights)
+            weights, losses = train(lessons, data, lines, study.seed, config, None if start is None else start.weights)
             raw = outputs({k: torch.from_numpy(v) for k, v in weights.items()}, data, lessons.calibration, config.heads, "cpu")
-        slope, offset = np.zeros(H), np.log(lessons.rates)
-        learnt = (weights, data.centre, data.scale, lessons.usable, slope, offset, lessons.size.copy(), losses)
+        learnt = (weights, data.centre, data.scale, lessons.usable, lines, np.zeros(H), lessons.size.copy(), losses)
         me = cls(study.names, data.columns, config, *learnt)
-        me._calibrate(raw, lessons, sample["instrument"])
+        me._trust(raw, lessons, data)
         return me
 
-    def _calibrate(self, raw: F32, lessons: Lessons, instrument: I64) -> None:
-        """Slope and offset of each horizon's logits by penalised likelihood, and the size of moves, on the calibration slice."""
+    def _trust(self, raw: F32, lessons: Lessons, data: Data) -> None:
+        """The share of the network's logits, and the size of moves, that the calibration slice bears out."""
         for h in np.flatnonzero(self.usable):
             there = lessons.y[lessons.calibration, h] >= 0
             rows = lessons.calibration[there]
             if not len(rows):
                 continue
-            z, y, n = raw[there, h].astype(np.float64), lessons.y[rows, h], lessons.worth[1, h]
-            self.slope[h], self.offset[h] = fit_slope(z[:, :3], y, self.offset[h], n / len(rows), self.config)
-            k = instrument[rows]
+            y, n = lessons.y[rows, h], lessons.worth[1, h]
+            z, straight = raw[there, h].astype(np.float64), self.lines.scores(data.newest(rows))[:, h]
+            self.share[h] = borne_out(z[:, :3], straight, y, n / len(rows), self.config)
+            k = data.sample["instrument"][rows]
             moved, said = np.abs(lessons.move[rows, h]) / self.size[k, h], np.logaddexp(0, z[:, 3])
             self.size[:, h] *= (n * moved.mean() + 30) / (n * said.mean() + 30)
 
@@ -140,7 +142,7 @@ class Transformer:
             v = state.history.push(piece)
             k = inst[closes[a:b]]
             raw = self.raw(v, k, state)
-            own = self.usable, self.slope, self.offset, self.size
+            own = self.usable, self.share, self.lines.slope, self.lines.constant, self.size
             answer(raw, v.tick[:, -1], k, *own, votes.proba[a:b], votes.magnitude[a:b], imbalance[a:b])
         state.imbalance[0] = imbalance
         return votes
@@ -200,20 +202,20 @@ class Transformer:
         return sum(a.size for a in self.weights.values())
 
     def report(self) -> list[str]:
-        """How training went, and how much of the logits calibration lets through, in words."""
+        """How training went, and how much of the network's logits counts, in words."""
         told = [f"{self.parameters():,} parameters, {len(self.columns)} columns"]
         if self.losses:
             best = min(range(len(self.losses)), key=lambda i: self.losses[i][1])
             losses = " ".join(f"{b:.4f}" for _, b in self.losses)
-            told.append(f"calibration loss by epoch {losses}: the weights of number {best + 1} are kept")
-        slopes = ", ".join(f"{LABELS[h]} {self.slope[h]:.2f}" for h in np.flatnonzero(self.usable))
-        return [*told, f"slopes {slopes} (0: class shares alone)"]
+            told.append(f"calibration loss before and after each epoch {losses}: the weights of number {best} are kept")
+        shares = ", ".join(f"{LABELS[h]} {self.share[h]:.2f}" for h in np.flatnonzero(self.usable))
+        return [*told, f"share of what windows add to the newest row {shares}"]
 
     def save(self, folder: Path) -> None:
         from safetensors.numpy import save_file
 
-        own = ("centre", "scale", "usable", "slope", "offset", "size")
-        save_file(self.weights | {f"_{k}": np.ascontiguousarray(getattr(self, k)) for k in own}, folder / "transformer.safetensors")
+        own = {k: getattr(self, k) for k in ("centre", "scale", "usable", "share", "size")} | self.lines._asdict()
+        save_file(self.weights | {f"_{k}": np.ascontiguousarray(v) for k, v in own.items()}, folder / "transformer.safetensors")
         config = {k: v for k, v in dataclasses.asdict(self.config).items() if k != "checkpoint"}
         told = {"columns": self.columns, "config": config, "parameters": self.parameters(), "losses": self.losses}
         (folder / "transformer.json").write_text(json.dumps(told, indent=1) + "\n")
@@ -225,7 +227,8 @@ class Transformer:
         told = json.loads((folder / "transformer.json").read_text())
         w = load_file(folder / "transformer.safetensors")
         own = {k[1:]: w.pop(k) for k in [k for k in w if k.startswith("_")]}
-        return cls(names, told["columns"], Config(**told["config"]), w, **own, losses=told["losses"])
+        lines = Lines(own.pop("slope"), own.pop("constant"))
+        return cls(names, told["columns"], Config(**told["config"]), w, **own, lines=lines, losses=told["losses"])
 
 
 def windows(views: Views) -> tuple[F32, ...]:
@@ -236,19 +239,18 @@ def windows(views: Views) -> tuple[F32, ...]:
     return (*views[:3], *gaps, phase)
 
 
-def fit_slope(z: F64, y: I8, offset: F64, weight: float, c: Config) -> tuple[float, F64]:
-    """Slope a >= 0 and offset b of softmax(a z + b) for logits z (n, 3) and classes y (n,), each counted `weight`.
+def borne_out(z: F64, base: F64, y: I8, weight: float, c: Config) -> float:
+    """The share a >= 0 of logits z (n, 3) that classes y (n,), each counted `weight`, bear out beside `base` (n, 3).
 
-    Maximum a posteriori, where a is N(0, 1 / c.prior) and the departures of b from `offset`, at the mean logits, N(0, 1 / c.steady); then
-    a is lowered by `c.doubt` of its standard errors. Without evidence that the logits tell anything the answer is `offset`.
+    Of softmax(base + a z + b) the most probable a, which is N(0, 1 / c.prior), with the constants b (3,) free; lowered by `c.doubt` of its
+    standard errors. Without evidence that the logits tell anything it is 0.
     """
     from scipy.optimize import minimize
 
-    middle, n, prior = z.mean(axis=0), np.arange(len(z)), np.array([c.prior, c.steady, c.steady, c.steady])
-    z = z - middle
+    z, n, prior = z - z.mean(axis=0), np.arange(len(z)), np.array([c.prior, 1e-3, 1e-3, 1e-3])
 
     def odds(x: F64) -> F64:
-        s = x[0] * z + offset + x[1:]
+        s = x[0] * z + base + x[1:]
         p = np.exp(s - s.max(axis=1, keepdims=True))
         return p / p.sum(axis=1, keepdims=True)
 
@@ -258,14 +260,9 @@ def fit_slope(z: F64, y: I8, offset: F64, weight: float, c: Config) -> tuple[flo
         p[n, y] -= 1
         return float(value), weight * np.concatenate([[(p * z).sum()], p.sum(axis=0)]) + prior * x
 
-    def least(low: float, high: float | None) -> F64:
-        bounds = [(low, high)] + [(None, None)] * 3
-        return minimize(loss, np.array([low, 0, 0, 0]), jac=True, method="L-BFGS-B", bounds=bounds).x
-
-    x = least(0.0, None)
+    x = minimize(loss, np.zeros(4), jac=True, method="L-BFGS-B", bounds=[(0.0, None)] + [(None, None)] * 3).x
     p = odds(x)
     j = np.concatenate([z[:, :, None], np.broadcast_to(np.eye(3), (len(z), 3, 3))], 2)
     mean = np.einsum("ny,nyk->nk", p, j)
     curvature = weight * (np.einsum("ny,nyk,nyl->kl", p, j, j) - mean.T @ mean) + np.diag(prior)
-    slope = max(0.0, float(x[0]) - c.doubt * float(np.sqrt(np.linalg.inv(curvature)[0, 0])))
-    return slope, offset + least(slope, slope)[1:] - slope * middle
+    return max(0.0, float(x[0]) - c.doubt * float(np.sqrt(np.linalg.inv(curvature)[0, 0])))

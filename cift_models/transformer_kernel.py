@@ -383,7 +383,8 @@ def scale_rows(rows, inst, index, centre, scale, out):  # type: ignore[no-untype
 
 
 @njit(cache=True, nogil=True)
-def answer(raw, newest, inst, usable, slope, offset, size, proba, magnitude, imbalance):  # type: ignore[no-untyped-def]
+def answer(raw, newest, inst, usable, share, lines, constant, size, proba, magnitude, imbalance):  # type: ignore[no-untyped-def]
+    """Logits are the lines of the newest row (m, C), and `share` (H,) of the raw outputs (m, OUT H) on top of them."""
     for r in range(len(raw)):
         some = False
         for c in range(newest.shape[1]):
@@ -394,7 +395,12 @@ def answer(raw, newest, inst, usable, slope, offset, size, proba, magnitude, imb
                 continue
             top, total = -np.inf, 0.0
             for y in range(3):
-                proba[r, h, y] = slope[h] * raw[r, OUT * h + y] + offset[h, y]
+                proba[r, h, y] = constant[h, y] + share[h] * raw[r, OUT * h + y]
+            for c in range(newest.shape[1]):
+                if newest[r, c] == newest[r, c]:
+                    for y in range(3):
+                        proba[r, h, y] += newest[r, c] * lines[c, h, y]
+            for y in range(3):
                 top = max(top, proba[r, h, y])
             for y in range(3):
                 proba[r, h, y] = np.exp(proba[r, h, y] - top)

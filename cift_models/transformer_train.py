@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self
@@ -49,23 +49,23 @@ if TYPE_CHECKING:
 class Config:
     """`cap` bounds memory: a window takes 5.9 kB. `checkpoint`: a folder; an interrupted training goes on from there, and ends alike."""
 
-    cap: int = 12_000  # windows held for training, evenly thinned
+    cap: int = 40_000  # windows held for training, evenly thinned
     width: int = 32
     heads: int = 4
     hidden: int = 64
     layers: int = 1
-    epochs: int = 6
-    patience: int = 3  # epochs without a better calibration loss
+    epochs: int = 2
+    patience: int = 2  # epochs without a better calibration loss
     batch: int = 256
-    rate: float = 3e-3  # AdamW's highest, after a tenth of the steps; then a cosine to nothing
+    rate: float = 1e-3  # AdamW's highest, after a tenth of the steps; then a cosine to nothing
     decay: float = 0.1
     dropout: float = 0.2  # of whole tokens in the encoders
     smoothing: float = 0.02  # of labels
     beside: float = 0.2  # weight of the magnitude and the imbalance loss
     mirror: bool = True  # in every epoch half of the windows are seen with bid and ask exchanged
-    prior: float = 1.0  # belief that the scores tell nothing: their slope is N(0, 1 / prior)
-    steady: float = 30.0  # belief that class shares stay: departures from them are N(0, 1 / steady)
-    doubt: float = 1.0  # standard errors by which the slope is lowered; evidence counts independent labels of the calibration slice
+    ridge: float = 10.0  # belief that the newest row tells nothing: the coefficients of its lines are N(0, 1 / ridge)
+    prior: float = 1.0  # belief that windows add nothing to these: the share of it that counts is N(0, 1 / prior)
+    doubt: float = 1.0  # standard errors by which the share is lowered; evidence counts independent labels of the calibration slice
     worth: float = 200.0  # a horizon with n independent labels weighs n / (n + worth)
     least: int = 200  # windows of the fit slice
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -214,6 +214,12 @@ class Data(NamedTuple):
     scale: F64
     columns: tuple[str, ...]
 
+    def newest(self, rows: I64) -> F64:
+        """(n, C) scaled values of the newest rows, 0 where missing."""
+        k = self.sample["instrument"][rows]
+        z = (self.sample["tick"][rows, -1].astype(np.float64) - self.centre[k]) / self.scale[k]
+        return np.nan_to_num(z / (1 + np.abs(z) / float(KNEE)))
+
     def batch(self, rows: I64, device: str, mirrored: NDArray[np.bool_] | None = None) -> Batch:
         import torch
 
@@ -234,6 +240,54 @@ class Data(NamedTuple):
         return Batch(tuple(values), tuple(to(s[f"{name}_gap"][rows]) for name in FRAMES), to(phase), to(k))
 
 
+class Lines(NamedTuple):
+    """A multinomial logit of the newest row: scores of down, flat and up are x @ slope + constant."""
+
+    slope: F64  # (C, H, 3)
+    constant: F64  # (H, 3)
+
+    def scores(self, x: F64) -> F64:
+        """(n, H, 3) of rows (n, C)."""
+        return np.einsum("nc,chy->nhy", x, self.slope) + self.constant
+
+    @classmethod
+    def fit(cls, lessons: Lessons, data: Data, config: Config, before: Self | None = None) -> Self:
+        """Maximum a posteriori on the fit slice and its mirror image: departures of the slopes from `before` are N(0, 1 / config.ridge),
+        and labels count as the independent ones that they are worth. The network then learns what windows tell on top of this ("wide and
+        deep": Cheng et al. 2016), of which there is too little evidence to learn it all at once."""
+        from scipy.optimize import minimize
+
+        c, mirror = len(data.columns), Mirror.of(data.columns)
+        slope = np.zeros((c, H, 3)) if before is None else before.slope.copy()
+        constant = np.log(lessons.rates)
+        for h in np.flatnonzero(lessons.usable):
+            rows = lessons.fit[lessons.y[lessons.fit, h] >= 0]
+            x, y = data.newest(rows), lessons.y[rows, h].astype(np.int64)
+            x, y = np.concatenate([x, x[:, mirror.swap] * mirror.sign]), np.concatenate([y, 2 - y])
+            told = _evidence(x, y, lessons.worth[0, h] / len(y), slope[:, h].copy(), config.ridge)
+            v = minimize(told, np.concatenate([slope[:, h].ravel(), constant[h]]), jac=True, method="L-BFGS-B").x
+            slope[:, h], constant[h] = v[:-3].reshape(c, 3), v[-3:]
+        return cls(slope, constant)
+
+
+def _evidence(x: F64, y: I64, weight: float, mean: F64, ridge: float) -> Callable[[F64], tuple[float, F64]]:
+    """Minus the log posterior of slopes (C, 3) and constants (3,), flat in one vector, and its gradient; each row counts `weight`."""
+    at = np.arange(len(y))
+
+    def loss(v: F64) -> tuple[float, F64]:
+        slope = v[:-3].reshape(mean.shape)
+        z = x @ slope + v[-3:]
+        z -= z.max(axis=1, keepdims=True)
+        p = np.exp(z)
+        total = p.sum(axis=1)
+        value = weight * (np.log(total) - z[at, y]).sum() + ridge / 2 * ((slope - mean) ** 2).sum()
+        p /= total[:, None]
+        p[at, y] -= 1
+        return float(value), np.concatenate([(weight * (x.T @ p) + ridge * (slope - mean)).ravel(), weight * p.sum(axis=0)])
+
+    return loss
+
+
 def outputs(w: Mapping[str, Tensor], data: Data, rows: I64, heads: int, device: str) -> F32:
     """Raw outputs (n, H, OUT) of the network on rows of a sample."""
     import torch
@@ -245,9 +299,9 @@ def outputs(w: Mapping[str, Tensor], data: Data, rows: I64, heads: int, device: 
     return out
 
 
-def _loss(out: Tensor, y: I8, moved: F64, later: F32, share: F64, config: Config) -> Tensor:
-    """Sum over decisions and horizons of share (B, H) times: cross-entropy, and `beside` of it the deviance of an exponential |move|
-    (least at its mean) and the squared error of the imbalance."""
+def _loss(out: Tensor, lines: F64, y: I8, moved: F64, later: F32, share: F64, config: Config) -> Tensor:
+    """Sum over decisions and horizons of share (B, H) times: cross-entropy, logits being added to `lines` (B, H, 3), and `beside` of it the
+    deviance of an exponential |move| (least at its mean) and the squared error of the imbalance."""
     import torch
     import torch.nn.functional as F
 
@@ -255,7 +309,7 @@ def _loss(out: Tensor, y: I8, moved: F64, later: F32, share: F64, config: Config
         return torch.from_numpy(a).to(out.device, dtype)
 
     told = to(y, torch.int64)
-    logits = out[..., :3].flatten(0, 1)
+    logits = (out[..., :3] + to(lines)).flatten(0, 1)
     entropy = F.cross_entropy(logits, told.flatten(), ignore_index=-1, reduction="none", label_smoothing=config.smoothing)
     mean = F.softplus(out[..., 3]).clamp(min=1e-3)
     size = torch.where(told >= 0, to(np.nan_to_num(moved)) / mean + mean.log(), 0.0)
@@ -264,11 +318,11 @@ def _loss(out: Tensor, y: I8, moved: F64, later: F32, share: F64, config: Config
 
 
 def train(
-    lessons: Lessons, data: Data, seed: int, config: Config, start: Weights | None = None
+    lessons: Lessons, data: Data, lines: Lines, seed: int, config: Config, start: Weights | None = None
 ) -> tuple[Weights, list[tuple[float, float]]]:
-    """AdamW (Loshchilov and Hutter 2019) over the fit slice; the weights of the epoch with the least calibration loss, and both losses of
-    each epoch; from a `start` the first of these are its own. Every epoch begins with random numbers of its own, so one that was cut short
-    is begun again and ends alike."""
+    """AdamW (Loshchilov and Hutter 2019) over the fit slice, on top of the lines; the weights with the least calibration loss, the first
+    ones included, and both losses before and after each epoch. Every epoch begins with random numbers of its own, so one that was cut
+    short is begun again and ends alike."""
     import torch
 
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -282,14 +336,16 @@ def train(
     w = {k: torch.tensor(first[k], device=device, requires_grad=True) for k in first}
     groups = [{"params": [w[k] for k in w if (w[k].ndim > 1) is plain], "weight_decay": config.decay * plain} for plain in (True, False)]
     optimiser = torch.optim.AdamW(groups, lr=config.rate)
-    key, begun = _key(lessons, data, seed, config, device, start), Run(0, 0, np.inf, [], first)
+    key = _key(lessons, data, seed, config, device, start)
+    rest, mirror, plain = lessons.calibration, Mirror.of(data.columns), dataclasses.replace(config, smoothing=0.0)
+    straight, each = lines.scores(data.newest(rest)), weigh[1] / np.maximum((y[rest] >= 0).sum(axis=0), 1)
 
     def later() -> float:
-        return _calibration_loss(outputs(w, data, lessons.calibration, config.heads, device), y[lessons.calibration], weigh[1])
+        raw = torch.from_numpy(outputs(w, data, rest, config.heads, device))
+        return float(_loss(raw, straight, y[rest], moved[rest], lessons.later[rest], np.tile(each, (len(rest), 1)), plain))
 
-    if start is not None:
-        so_far = later()
-        begun = begun._replace(best=so_far, losses=[(so_far, so_far)])
+    so_far = later()
+    begun = Run(0, 0, so_far, [(so_far, so_far)], first)
     run = _resume(config.checkpoint, key, w, optimiser) or begun
     total, micro = config.epochs * -(-n // config.batch), config.batch
     with Steps("transformer", config.epochs, "epochs") as steps:
@@ -305,6 +361,8 @@ def train(
                 ahead = np.where(flip[:, None], -lessons.later[rows], lessons.later[rows])
                 known = (told >= 0).sum(axis=0)
                 share = np.tile(weigh[0] / np.maximum(known, 1), (len(rows), 1))
+                x = data.newest(rows)
+                base = lines.scores(np.where(flip[:, None], x[:, mirror.swap] * mirror.sign, x))
                 step = run.epoch * -(-n // config.batch) + at // config.batch
                 for group in optimiser.param_groups:
                     group["lr"] = config.rate * min((step + 1) / (0.1 * total), 0.5 + 0.5 * np.cos(np.pi * step / total))
@@ -314,7 +372,7 @@ def train(
                         for part in (slice(a, a + micro) for a in range(0, len(rows), micro)):
                             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
                                 out = network(w, data.batch(rows[part], device, flip[part]), config.heads, config.dropout)
-                            loss = _loss(out, told[part], moved[rows[part]], ahead[part], share[part], config)
+                            loss = _loss(out, base[part], told[part], moved[rows[part]], ahead[part], share[part], config)
                             loss.backward()  # type: ignore[no-untyped-call]
                             sum_ += float(loss.detach()) * len(rows) / n
                         break
@@ -331,15 +389,6 @@ def train(
     return run.best_weights, run.losses
 
 
-def _calibration_loss(raw: F32, y: I8, weigh: F64) -> float:
-    z = raw[..., :3].astype(np.float64)
-    z -= z.max(axis=2, keepdims=True)
-    log_p = z - np.log(np.exp(z).sum(axis=2, keepdims=True))
-    picked = np.take_along_axis(log_p, np.maximum(y, 0)[..., None].astype(np.int64), axis=2)[..., 0]
-    known = y >= 0
-    return float(-(weigh * np.where(known, picked, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)).sum())
-
-
 class Run(NamedTuple):
     """Where training stands after `epoch` epochs; `losses` of the fit and the calibration slice in each."""
 
@@ -351,7 +400,7 @@ class Run(NamedTuple):
 
     def after(self, fit: float, calibration: float, w: Mapping[str, Tensor]) -> Run:
         losses = [*self.losses, (fit, calibration)]
-        if calibration < self.best or not self.losses:
+        if calibration < self.best:
             return Run(self.epoch + 1, self.epoch + 1, calibration, losses, {k: v.detach().cpu().numpy().copy() for k, v in w.items()})
         return self._replace(epoch=self.epoch + 1, losses=losses)
 

@@ -10,6 +10,7 @@ import pytest
 from catalog import altdata
 from catalog.asof import Lookup, asof
 from catalog.events import EVENT, SCALE, Instrument
+from cift_models import fusion as fusion_module
 from cift_models.calibration import calibration_error
 from cift_models.fusion import AGE, FLOOR, Config, Fusion, _blend, travels
 from cift_models.labels import LABELS, Split, Study, Table, Thresholds, classify
@@ -346,6 +347,19 @@ def test_isotonic_curves_serve_where_they_hold_in_every_part_of_time_and_not_whe
     turns = np.where((np.arange(8_000) % 4_000 < 2_000)[:, None], np.roll(raw, 1, axis=1), raw)  # wrong in one part, right in the next
     assert _blend(raw, drawn(raw), ts, ts + SCALE) <= 0.5 and _blend(raw, drawn(turns), ts, ts + SCALE) > 0
     assert _blend(raw[:150], drawn(raw)[:150], ts[:150], ts[:150]) == 0, "too few"
+
+
+def test_curves_from_few_independent_labels_count_little(study, monkeypatch):
+    monkeypatch.setattr(fusion_module, "_blend", lambda *_: 1.0)
+    xs, lowered, _ = Fusion.fit(study, None, SMALL).knots
+    monkeypatch.setattr(fusion_module, "CURVES", 0.0)
+    whole, count = Fusion.fit(study, None, SMALL).knots[1:]
+    for h in study.usable:
+        n = study.independent(study.calibration_rows(h), h)
+        for c in range(3):
+            k = slice(0, count[h, c])
+            assert np.allclose(lowered[h, c, k] - xs[h, c, k], n / (n + 200) * (whole[h, c, k] - xs[h, c, k]), atol=1e-12)
+    assert np.abs(whole - xs)[:, :3].max() > 0.05
 
 
 def test_an_artifact_remembers_its_alternative_columns_and_copes_without_the_data(tmp_path):

@@ -17,15 +17,15 @@ from catalog.errors import InputError
 from catalog.events import EVENT, SCALE, Instrument
 from cift_models import transformer_lessons, transformer_train
 from cift_models.labels import LABELS, H, Labeller, Study, Table, Thinned, fit_thresholds, walk_forward
-from cift_models.transformer import COLUMNS, Config, Transformer, fit_slope, windows
+from cift_models.transformer import COLUMNS, Config, Transformer, borne_out, windows
 from cift_models.transformer_kernel import FRAMES, OUT, PATCH, exp, scale_rows
-from cift_models.transformer_train import Data, Mirror
+from cift_models.transformer_train import Data, Lines, Mirror
 from cift_models.validate import log_loss
 from cift_models.windows import MINUTES, SECOND, SECONDS, TICKS, Block, closes, new_batches
 
 NAMES = ("mid", "spread", "imbalance_1", "queue_bid", "queue_ask", "ofi_1", "return_1s", "volatility_8s")
 START = 1_709_303_400 * SECOND + 123_456_789
-SMALL = Config(cap=3_000, width=16, heads=2, hidden=32, epochs=5, batch=128, threads=1)
+SMALL = Config(rate=1e-2, beside=1.0, cap=3_000, width=16, heads=2, hidden=32, epochs=5, batch=128, threads=1)
 
 
 def instruments(n: int) -> list[Instrument]:
@@ -94,8 +94,9 @@ def random_member(seed: int = 0, names=NAMES, n: int = 2, config: Config = SMALL
     w = {k: (0.3 * rng.normal(size=s) + k.split(".")[1].startswith(("norm", "gain"))).astype(np.float32)
          for k, s in transformer_train.shapes(len(columns), n, config).items()}  # fmt: skip
     own = rng.normal(size=(n, len(columns))), rng.uniform(0.5, 2, (n, len(columns)))
-    calibrated = np.array([True, True, True, False]), np.full(H, 0.7), rng.normal(size=(H, 3)), np.ones((n, H))
-    return Transformer(names, columns, config, w, *own, *calibrated)
+    lines = Lines(0.3 * rng.normal(size=(len(columns), H, 3)), rng.normal(size=(H, 3)))
+    learnt = np.array([True, True, True, False]), lines, np.full(H, 0.7), np.ones((n, H))
+    return Transformer(names, columns, config, w, *own, *learnt)
 
 
 @pytest.fixture(scope="module")
@@ -195,8 +196,8 @@ def test_a_column_that_the_feed_lacks_is_a_missing_value(block):
     gone = piece.rows.copy()
     gone[:, at] = np.nan
     me = random_member(5)
-    less = Transformer([n for n in NAMES if n != "ofi_1"], me.columns, me.config, me.weights, me.centre, me.scale, me.usable, me.slope,
-                       me.offset, me.size)  # fmt: skip
+    less = Transformer([n for n in NAMES if n != "ofi_1"], me.columns, me.config, me.weights, me.centre, me.scale, me.usable, me.lines,
+                       me.share, me.size)  # fmt: skip
     missing = me.predict(piece._replace(rows=gone), me.new_state())
     assert equal(missing, less.predict(piece._replace(rows=np.delete(piece.rows, at, axis=1)), less.new_state()))
     assert not equal(missing, me.predict(piece, me.new_state()))
@@ -286,7 +287,7 @@ def test_the_same_seed_gives_the_same_member_and_leaves_torch_as_it_was(member, 
     assert torch.equal(before, torch.get_rng_state()) and torch.get_num_threads() == threads
     assert not torch.are_deterministic_algorithms_enabled()
     assert all(np.array_equal(member.weights[k], again.weights[k]) for k in member.weights)
-    assert np.array_equal(member.slope, again.slope) and np.array_equal(member.size, again.size)
+    assert equal(member.lines, again.lines) and np.array_equal(member.share, again.share) and np.array_equal(member.size, again.size)
     other = fit(block, dataclasses.replace(SMALL, epochs=1), seed=1)
     assert not np.array_equal(other.weights["join.q"], fit(block, dataclasses.replace(SMALL, epochs=1)).weights["join.q"])
 
@@ -321,7 +322,7 @@ def test_killed_in_the_middle_of_an_epoch_it_goes_on_to_the_same_weights(member,
     again = fit(block, dataclasses.replace(SMALL, checkpoint=tmp_path))
     assert "going on after epoch 2" in capsys.readouterr().err
     assert all(np.array_equal(member.weights[k], again.weights[k]) for k in member.weights)
-    assert again.losses == member.losses and np.array_equal(again.offset, member.offset)
+    assert again.losses == member.losses and np.array_equal(again.share, member.share)
 
 
 def test_an_interrupt_is_survived_and_a_checkpoint_serves_its_own_training_only(member, block, tmp_path, monkeypatch, capsys):
@@ -405,30 +406,57 @@ def test_where_nothing_is_planted_it_votes_the_class_shares():
         assert loss < plain + 0.01
 
 
-def test_a_learnt_slope_needs_evidence():
-    rng = np.random.default_rng(0)
-    z = rng.normal(size=(2_000, 3)) * 2
+def drawn(rng, z) -> np.ndarray:
     p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
-    y = (p.cumsum(axis=1) < rng.random((2_000, 1))).sum(axis=1).astype(np.int8)
-    rates = np.log(np.full(3, 1 / 3))
-    slope, offset = fit_slope(z + 5, y, rates, 1.0, SMALL)
-    assert slope == pytest.approx(1, abs=0.1) and np.ptp(offset) < 0.2
-    few = fit_slope(z, y, rates, 0.01, SMALL)
-    assert 0 < few[0] < slope - 0.1
-    assert fit_slope(z, y, rates, 1e-6, SMALL)[0] == 0 == fit_slope(-z, y, rates, 1.0, SMALL)[0]
-    chance = [fit_slope(rng.normal(size=(300, 3)), rng.integers(0, 3, 300).astype(np.int8), rates, 0.2, SMALL)[0] for _ in range(40)]
+    return (p.cumsum(axis=1) < rng.random((len(z), 1))).sum(axis=1).astype(np.int8)
+
+
+def test_a_share_needs_evidence():
+    rng = np.random.default_rng(0)
+    base, z = rng.normal(size=(2_000, 3)), rng.normal(size=(2_000, 3)) * 2
+    y = drawn(rng, base + z)
+    share = borne_out(z + 5, base, y, 1.0, SMALL)
+    assert share == pytest.approx(1, abs=0.1)
+    assert 0 < borne_out(z, base, y, 0.01, SMALL) < share - 0.1
+    assert borne_out(z, base, y, 1e-6, SMALL) == 0 == borne_out(-z, base, y, 1.0, SMALL)
+    told = drawn(rng, base)
+    assert borne_out(base, base, told, 1.0, SMALL) < 0.1, "what the lines say already is no news"
+    chance = [borne_out(rng.normal(size=(300, 3)), np.zeros(3), rng.integers(0, 3, 300).astype(np.int8), 0.2, SMALL) for _ in range(40)]
     assert np.median(chance) == 0 and np.mean(chance) < 0.05
 
 
-def test_the_slope_is_lowered_by_its_standard_error_over_many_samples():
+def test_the_share_is_lowered_by_its_standard_error_over_many_samples():
     rng, found = np.random.default_rng(1), []
     for _ in range(60):
         z = rng.normal(size=(400, 3))
-        p = np.exp(0.8 * z) / np.exp(0.8 * z).sum(axis=1, keepdims=True)
-        y = (p.cumsum(axis=1) < rng.random((400, 1))).sum(axis=1).astype(np.int8)
-        found.append([fit_slope(z, y, np.zeros(3), 1.0, Config(doubt=d))[0] for d in (0.0, 1.0)])
+        y = drawn(rng, 0.8 * z)
+        found.append([borne_out(z, np.zeros(3), y, 1.0, Config(doubt=d)) for d in (0.0, 1.0)])
     best, lowered = np.array(found).T
     assert (best - lowered).mean() == pytest.approx(best.std(), rel=0.35)
+
+
+def test_the_lines_are_the_most_probable_ones(block):
+    from scipy.special import log_softmax
+
+    study, sample, columns = study_of(block), gather([block]).sample(), [c for c in COLUMNS if c in NAMES]
+    lessons = transformer_lessons.Lessons.of(study, sample)
+    data = transformer_train.Data(sample, *lessons.scalers(sample), tuple(columns))
+    lines = Lines.fit(lessons, data, SMALL)
+    mirror = transformer_train.Mirror.of(columns)
+    x = data.newest(lessons.fit)
+    y = lessons.y[lessons.fit, 0]
+    x, y = np.concatenate([x[y >= 0], x[y >= 0][:, mirror.swap] * mirror.sign]), np.concatenate([y[y >= 0], 2 - y[y >= 0]])
+
+    def lost(slope, constant):
+        told = log_softmax(x @ slope + constant, axis=1)[np.arange(len(y)), y].sum()
+        return SMALL.ridge / 2 * (slope**2).sum() - lessons.worth[0, 0] / len(y) * told
+
+    rng, least = np.random.default_rng(0), lost(lines.slope[:, 0], lines.constant[0])
+    for _ in range(20):
+        u, v = rng.normal(size=(len(columns), 3)), rng.normal(size=3)
+        assert min(lost(lines.slope[:, 0] + e * u, lines.constant[0] + e * v) for e in (-0.03, 0.03)) > least
+    away = lines.scores(x[:, mirror.swap] * mirror.sign)[:, 0, ::-1] - lines.scores(x)[:, 0]
+    assert np.abs(away - away.mean(axis=1, keepdims=True)).max() < 0.02, "bid and ask exchanged, up and down are"
 
 
 def test_windows_and_labels_belong_together_and_do_not_depend_on_cuts(block):
@@ -501,7 +529,7 @@ def test_poor_data_gives_sound_votes(kind):
         rows[:, 1:] = np.random.default_rng(0).standard_cauchy(rows[:, 1:].shape) ** 5
     me = fit(block, dataclasses.replace(SMALL, epochs=2), n=n)
     votes = me.predict(block, me.new_state())
-    assert all(np.isfinite(a).all() for a in me.weights.values()) and np.isfinite(me.offset).all()
+    assert all(np.isfinite(a).all() for a in me.weights.values()) and all(np.isfinite(a).all() for a in me.lines)
     if kind == "nothing but NaN":
         assert np.isnan(votes.proba).all()
         return
