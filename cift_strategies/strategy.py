@@ -463,11 +463,11 @@ class EnsembleStrategy(Strategy):
         if trade.leaving and self._working(trade, "exit"):
             return
         trade.leaving = trade.leaving or reason
-        if self.recovery is not None and k in self.recovery.waits:
-            return
         for role in ("entry", "stop", "target"):
             if self._working(trade, role) and not self.cache.is_order_pending_cancel_local(trade.ids[role]):
                 self.cancel_order(trade.ids[role])
+        if self.recovery is not None and k in self.recovery.waits:
+            return  # after a restart there is no market order before a first price
         size = self.ledger.positions[k].size
         if size and self._trades(k):
             trade.attempts += 1

@@ -236,6 +236,23 @@ def test_an_entry_that_rests_at_the_venue_is_the_same_order_after_a_restart(play
     node.stop()
 
 
+def test_cancels_go_out_at_once_though_after_a_restart_no_price_has_come(played: Stage, actors: Actors) -> None:
+    node = actors.node(played)
+    node.ready()
+    played.to(6)
+    node.ask("enter", side=1, size=100, limit=ASK, entry="cross")
+    node.hear("OrderAccepted", "target")
+    node.kill()
+    node = actors.node(played)
+    node.ready()
+    node.ask("unpriced")
+    node.ask("leave")
+    node.hear("OrderCanceled", "stop")
+    told = node.until(lambda s: not s["open"])
+    assert told["size"] == 100 and told["waits"] == [0], "a market order waits for a price"
+    node.stop()
+
+
 def test_nothing_is_lost_or_doubled_wherever_it_is_killed(flickering: Stage, actors: Actors) -> None:
     """Killed with commands on their way, before anything was heard of them, after one report, after more: the books agree at each start."""
     rng, played = random.Random(3), flickering

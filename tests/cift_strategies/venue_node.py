@@ -86,6 +86,10 @@ class Director:
     def leave(self) -> None:
         self.strategy.leave(0, "by command")
 
+    def unpriced(self) -> None:
+        """As it is between a start and the first price."""
+        self.strategy.recovery.waits.add(0)
+
     def give_up(self) -> None:
         self.strategy.cancel_order(self.strategy.trades[0].ids["entry"])
 
