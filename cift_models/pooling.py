@@ -19,7 +19,6 @@ I64 = NDArray[np.int64]
 SOFT: Final = 1e-4  # every vote is mixed with this much of the uniform one, so that no loss is infinite
 STRETCHES: Final = 4  # of time, for forecasts of decisions that the pool was not fitted on
 ROWS: Final = 40_000  # decisions of a horizon that a pool is fitted on
-SPELL: Final = 0.4  # of an independent label: those of one slice of time share its weather, and tell less of the next
 # beliefs before any label, as precisions: of a weight around equal shares, of a regime's weight around that of all, of a constant around 0
 EVEN: Final = 5.0
 ALIKE: Final = 30.0
@@ -145,7 +144,7 @@ def fit_pool(
     """The pool of all decisions, and (n, H, 3) forecasts of each from a pool fitted on the other stretches of time.
 
     `votes` (n, N, H, 3), NaN asleep; `y` (n, H), -1 no label; `regime` (n,) in 0..regimes - 1; `worth` (H,) independent labels. A label
-    that overlaps with one of a stretch, by `known_at` (n, H), teaches nothing about it. Evidence is lowered by SPELL.
+    that overlaps with one of a stretch, by `known_at` (n, H), teaches nothing about it.
     """
     n, members, h_n, _ = votes.shape
     pool = Pool(np.zeros((regimes, h_n, members)), np.zeros((h_n, 3)), np.full((instruments, h_n, 3), 1 / 3))
@@ -158,7 +157,7 @@ def fit_pool(
             mine = np.flatnonzero(known & (ts >= a) & (ts < b))
             until = known_at[mine, h].max(initial=b)
             rows = np.flatnonzero(known & ((known_at[:, h] <= a) | (ts >= until)) if b else known)
-            share = SPELL * worth[h] * len(rows) / max(1, known.sum())
+            share = worth[h] * len(rows) / max(1, known.sum())
             rate = class_rates(y[rows, h], instrument[rows], instruments, share)
             some = rows[:: max(1, -(-len(rows) // ROWS))]
             weight, bias = fit_horizon(p[some], y[some, h], regime[some], rate[instrument[some]], share, regimes)

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cift_models import pooling
 from cift_models.pooling import RATES, Pool, blend, class_rates, fit_horizon, fit_pool, pooled, pooled_all, settle, soften
 
 N_I, R, H = 2, 3, 2
@@ -139,18 +138,3 @@ def test_an_outcome_moves_the_blend_from_the_decision_at_which_it_is_known():
 def test_the_pool_is_a_tuple_of_plain_arrays():
     pool, _ = fit_pool(*study(5), N_I, R)
     assert isinstance(pool, Pool) and all(a.dtype == np.float64 and np.isfinite(a).all() for a in pool)
-
-
-def test_labels_of_one_slice_count_as_a_share_of_themselves(monkeypatch):
-    rng = np.random.default_rng(6)
-    votes, y = knowledge(rng, 400)
-    votes, y = np.repeat(votes[:, :, None], 1, axis=2), y[:, None]
-    none = np.zeros(400, np.int64)
-    ts = np.arange(400) * 10
-
-    def pool(worth):
-        return fit_pool(votes, y, none, ts, ts[:, None] + 5, none, np.array([worth]), 1, R)[0].weight[0, 0]
-
-    lowered = pool(400.0)
-    monkeypatch.setattr(pooling, "SPELL", 1.0)
-    assert np.allclose(lowered, pool(400.0 * 0.4), atol=1e-3) and not np.allclose(lowered, pool(400.0), atol=0.05)
