@@ -112,7 +112,7 @@ class Transformer:
         return me
 
     def _trust(self, raw: F32, lessons: Lessons, data: Data) -> None:
-        """The share of the network's logits, and the size of moves, that the calibration slice bears out."""
+        """The share of the network's logits, the class shares and the size of moves that the calibration slice bears out."""
         for h in np.flatnonzero(self.usable):
             there = lessons.y[lessons.calibration, h] >= 0
             rows = lessons.calibration[there]
@@ -121,6 +121,7 @@ class Transformer:
             y, n = lessons.y[rows, h], lessons.worth[1, h]
             z, straight = raw[there, h].astype(np.float64), self.lines.scores(data.newest(rows))[:, h]
             self.share[h] = borne_out(z[:, :3], straight, y, n / len(rows), self.config)
+            self.lines.constant[h] += departure(straight + self.share[h] * z[:, :3], y, n / len(rows), self.config.steady)
             k = data.sample["instrument"][rows]
             moved, said = np.abs(lessons.move[rows, h]) / self.size[k, h], np.logaddexp(0, z[:, 3])
             self.size[:, h] *= (n * moved.mean() + 30) / (n * said.mean() + 30)
@@ -266,3 +267,21 @@ def borne_out(z: F64, base: F64, y: I8, weight: float, c: Config) -> float:
     mean = np.einsum("ny,nyk->nk", p, j)
     curvature = weight * (np.einsum("ny,nyk,nyl->kl", p, j, j) - mean.T @ mean) + np.diag(prior)
     return max(0.0, float(x[0]) - c.doubt * float(np.sqrt(np.linalg.inv(curvature)[0, 0])))
+
+
+def departure(z: F64, y: I8, weight: float, steady: float) -> F64:
+    """The most probable constants b (3,), N(0, 1 / steady), of softmax(z + b) given classes y (n,), each counted `weight`; z (n, 3)."""
+    from scipy.optimize import minimize
+
+    n = np.arange(len(z))
+
+    def loss(b: F64) -> tuple[float, F64]:
+        s = z + b
+        p = np.exp(s - s.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        value = -weight * np.log(np.maximum(p[n, y], 1e-300)).sum() + steady * (b @ b) / 2
+        p[n, y] -= 1
+        return float(value), weight * p.sum(axis=0) + steady * b
+
+    found: F64 = minimize(loss, np.zeros(3), jac=True, method="L-BFGS-B").x
+    return found

@@ -65,6 +65,7 @@ class Config:
     mirror: bool = True  # in every epoch half of the windows are seen with bid and ask exchanged
     ridge: float = 10.0  # belief that the newest row tells nothing: the coefficients of its lines are N(0, 1 / ridge)
     prior: float = 1.0  # belief that windows add nothing to these: the share of it that counts is N(0, 1 / prior)
+    steady: float = 30.0  # belief that class shares stay: departures of the constants are N(0, 1 / steady)
     doubt: float = 1.0  # standard errors by which the share is lowered; evidence counts independent labels of the calibration slice
     worth: float = 200.0  # a horizon with n independent labels weighs n / (n + worth)
     least: int = 200  # windows of the fit slice

@@ -17,7 +17,7 @@ from catalog.errors import InputError
 from catalog.events import EVENT, SCALE, Instrument
 from cift_models import transformer_lessons, transformer_train
 from cift_models.labels import LABELS, H, Labeller, Study, Table, Thinned, fit_thresholds, walk_forward
-from cift_models.transformer import COLUMNS, Config, Transformer, borne_out, windows
+from cift_models.transformer import COLUMNS, Config, Transformer, borne_out, departure, windows
 from cift_models.transformer_kernel import FRAMES, OUT, PATCH, exp, scale_rows
 from cift_models.transformer_train import Data, Lines, Mirror
 from cift_models.validate import log_loss
@@ -433,6 +433,16 @@ def test_the_share_is_lowered_by_its_standard_error_over_many_samples():
         found.append([borne_out(z, np.zeros(3), y, 1.0, Config(doubt=d)) for d in (0.0, 1.0)])
     best, lowered = np.array(found).T
     assert (best - lowered).mean() == pytest.approx(best.std(), rel=0.35)
+
+
+def test_class_shares_move_as_far_as_labels_are_worth():
+    rng = np.random.default_rng(4)
+    z = rng.normal(size=(4_000, 3))
+    y = drawn(rng, z + [0.6, 0.0, -0.6])
+    far, some, none = (departure(z, y, w, 30.0) for w in (1.0, 0.02, 1e-9))
+    assert np.abs(far - far.mean() - [0.6, 0.0, -0.6]).max() < 0.1 and np.abs(none).max() < 1e-4
+    assert 0.2 < some[0] - some[2] < far[0] - far[2] - 0.2
+    assert np.abs(departure(z, drawn(rng, z), 1.0, 30.0)).max() < 0.1
 
 
 def test_the_lines_are_the_most_probable_ones(block):
