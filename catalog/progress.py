@@ -38,7 +38,7 @@ class Steps:
             self._bar.update(self._task, completed=self.done)
         elif time.monotonic() - self._printed >= PLAIN_EVERY_S:
             self._printed = time.monotonic()
-            part = f" {100 * self.done // self.total} %" if self.total else ""
+            part = f" {100 * self.done // self.total} %" if 0 < self.done <= self.total else ""  # a total may be an estimate
             print(f"{self.label}{part} ({self.done:,}{' ' + self.unit if self.unit else ''})", file=sys.stderr, flush=True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
