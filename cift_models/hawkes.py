@@ -19,13 +19,13 @@ from typing import Any, Final, Self
 import numpy as np
 import numpy.typing as npt
 from numba import njit
-from scipy import optimize
 
 from catalog.errors import InputError
 from catalog.events import CANCEL, F_MBP, F_SNAPSHOT, F_TOB, TRADE
 from cift_models.hawkes_path import ahead, decay_to, state_at
 from cift_models.hawkes_process import DAY_NS, NS, PAIRS, TYPES, Config, Floats, Ints, Params, fit_process
 from cift_models.labels import Study, effective
+from cift_models.logit import fit_logit
 from cift_models.windows import HORIZONS_NS, Block, Votes
 
 
@@ -174,24 +174,9 @@ def fit_map(x: Floats, y: npt.NDArray[np.int8], independent: float, ridge: float
     logarithm of the classes' smoothed shares: with one class only, or hardly any labels, the map says the base rate.
     """
     m, F = x.shape
-    X, hot = np.column_stack([x, np.ones(m)]), np.eye(3)[y]
-    weight, ridge = independent / m, ridge * F
-    prior = np.log((hot.sum(0) * weight + 1.0) / (independent + 3.0))
-
-    def loss(w: Floats) -> tuple[float, Floats]:
-        W = w.reshape(3, F + 1)
-        z = X @ W.T
-        z -= z.max(1, keepdims=True)
-        p = np.exp(z)
-        total = p.sum(1)
-        pull = W * np.array([ridge] * F + [1.0])
-        pull[:, F] -= prior
-        value = weight * float((np.log(total) - z[np.arange(m), y]).sum())
-        value += 0.5 * ridge * float((W[:, :F] ** 2).sum()) + 0.5 * float(((W[:, F] - prior) ** 2).sum())
-        return value, (weight * ((p / total[:, None] - hot).T @ X) + pull).ravel()
-
-    first = np.column_stack([np.zeros((3, F)), prior])
-    return optimize.minimize(loss, first.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 200}).x.reshape(3, F + 1)
+    weight = independent / m
+    prior = np.log((np.eye(3)[y].sum(0) * weight + 1.0) / (independent + 3.0))
+    return fit_logit(x, y, weight, np.column_stack([np.zeros((3, F)), prior]), np.array([ridge * F] * F + [1.0]))
 
 
 class Gatherer:

@@ -26,6 +26,7 @@ from catalog.errors import InputError
 from catalog.events import Instrument
 from cift_models.gpu import OnDevice
 from cift_models.labels import F64, I8, I64, LABELS, H, Study
+from cift_models.logit import fit_logit
 from cift_models.transformer_kernel import (
     F32,
     FRAMES,
@@ -271,17 +272,4 @@ def borne_out(z: F64, base: F64, y: I8, weight: float, c: Config) -> float:
 
 def departure(z: F64, y: I8, weight: float, steady: float) -> F64:
     """The most probable constants b (3,), N(0, 1 / steady), of softmax(z + b) given classes y (n,), each counted `weight`; z (n, 3)."""
-    from scipy.optimize import minimize
-
-    n = np.arange(len(z))
-
-    def loss(b: F64) -> tuple[float, F64]:
-        s = z + b
-        p = np.exp(s - s.max(axis=1, keepdims=True))
-        p /= p.sum(axis=1, keepdims=True)
-        value = -weight * np.log(np.maximum(p[n, y], 1e-300)).sum() + steady * (b @ b) / 2
-        p[n, y] -= 1
-        return float(value), weight * p.sum(axis=0) + steady * b
-
-    found: F64 = minimize(loss, np.zeros(3), jac=True, method="L-BFGS-B").x
-    return found
+    return fit_logit(np.empty((len(y), 0)), y, weight, np.zeros((3, 1)), np.array([steady]), z)[:, 0]

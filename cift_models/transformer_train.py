@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from catalog.errors import InputError
 from catalog.progress import Steps
 from cift_models.labels import F64, I8, I64, H
+from cift_models.logit import fit_logit
 from cift_models.transformer_kernel import (
     BIN_EPS,
     EXTRA,
@@ -256,8 +257,6 @@ class Lines(NamedTuple):
         """Maximum a posteriori on the fit slice and its mirror image: departures of the slopes from `before` are N(0, 1 / config.ridge),
         and labels count as the independent ones that they are worth. The network then learns what windows tell on top of this ("wide and
         deep": Cheng et al. 2016), of which there is too little evidence to learn it all at once."""
-        from scipy.optimize import minimize
-
         c, mirror = len(data.columns), Mirror.of(data.columns)
         slope = np.zeros((c, H, 3)) if before is None else before.slope.copy()
         constant = np.log(lessons.rates)
@@ -265,28 +264,10 @@ class Lines(NamedTuple):
             rows = lessons.fit[lessons.y[lessons.fit, h] >= 0]
             x, y = data.newest(rows), lessons.y[rows, h].astype(np.int64)
             x, y = np.concatenate([x, x[:, mirror.swap] * mirror.sign]), np.concatenate([y, 2 - y])
-            told = _evidence(x, y, lessons.worth[0, h] / len(y), slope[:, h].copy(), config.ridge)
-            v = minimize(told, np.concatenate([slope[:, h].ravel(), constant[h]]), jac=True, method="L-BFGS-B").x
-            slope[:, h], constant[h] = v[:-3].reshape(c, 3), v[-3:]
+            belief = np.column_stack([slope[:, h].T, constant[h]]), np.array([config.ridge] * c + [0.0])
+            found = fit_logit(x, y, lessons.worth[0, h] / len(y), *belief)
+            slope[:, h], constant[h] = found[:, :-1].T, found[:, -1]
         return cls(slope, constant)
-
-
-def _evidence(x: F64, y: I64, weight: float, mean: F64, ridge: float) -> Callable[[F64], tuple[float, F64]]:
-    """Minus the log posterior of slopes (C, 3) and constants (3,), flat in one vector, and its gradient; each row counts `weight`."""
-    at = np.arange(len(y))
-
-    def loss(v: F64) -> tuple[float, F64]:
-        slope = v[:-3].reshape(mean.shape)
-        z = x @ slope + v[-3:]
-        z -= z.max(axis=1, keepdims=True)
-        p = np.exp(z)
-        total = p.sum(axis=1)
-        value = weight * (np.log(total) - z[at, y]).sum() + ridge / 2 * ((slope - mean) ** 2).sum()
-        p /= total[:, None]
-        p[at, y] -= 1
-        return float(value), np.concatenate([(weight * (x.T @ p) + ridge * (slope - mean)).ravel(), weight * p.sum(axis=0)])
-
-    return loss
 
 
 def outputs(w: Mapping[str, Tensor], data: Data, rows: I64, heads: int, device: str) -> F32:
@@ -337,7 +318,7 @@ def train(
     w = {k: torch.tensor(first[k], device=device, requires_grad=True) for k in first}
     groups = [{"params": [w[k] for k in w if (w[k].ndim > 1) is plain], "weight_decay": config.decay * plain} for plain in (True, False)]
     optimiser = torch.optim.AdamW(groups, lr=config.rate)
-    key = _key(lessons, data, seed, config, device, start)
+    key = _key(lessons, data, lines, seed, config, device, start)
     rest, mirror, plain = lessons.calibration, Mirror.of(data.columns), dataclasses.replace(config, smoothing=0.0)
     straight, each = lines.scores(data.newest(rest)), weigh[1] / np.maximum((y[rest] >= 0).sum(axis=0), 1)
 
@@ -410,11 +391,12 @@ CHECKPOINT: Final = "transformer-checkpoint.safetensors"
 MOMENTS: Final = ("exp_avg", "exp_avg_sq", "step")
 
 
-def _key(lessons: Lessons, data: Data, seed: int, config: Config, device: str, start: Weights | None) -> str:
-    """What a checkpoint belongs to: the same windows, labels, settings, seed and first weights."""
+def _key(lessons: Lessons, data: Data, lines: Lines, seed: int, config: Config, device: str, start: Weights | None) -> str:
+    """What a checkpoint belongs to: the same windows, labels, lines, settings, seed and first weights."""
     told = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("checkpoint", "device")}
     digest = hashlib.sha256(json.dumps([told, device, seed, data.columns]).encode())
-    for a in (*lessons, data.centre, data.scale, *(start or {}).values(), *(data.sample[k] for f in FRAMES for k in (f, f"{f}_gap"))):
+    seen = (data.sample[k] for f in FRAMES for k in (f, f"{f}_gap"))
+    for a in (*lessons, *lines, data.centre, data.scale, *(start or {}).values(), *seen):
         digest.update(np.ascontiguousarray(a).data)
     return digest.hexdigest()
 

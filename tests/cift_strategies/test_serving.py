@@ -166,17 +166,19 @@ def test_events_that_find_no_room_are_counted_and_the_stream_begins_anew(small: 
         serving.close()
 
 
+async def feed(serving: Serving, made: list[FeatureVector]) -> None:
+    """A stream that waits for room."""
+    for n, v in enumerate(made):
+        serving.predict(v)
+        if n % 256 == 0:
+            await serving.room()
+
+
 def stopped(serving: Asked, made: list[FeatureVector], held_up: bool) -> int:
     """Feed a stream that waits for room to a process that stands still, which goes on once the stream is `held_up`. Events lost."""
 
-    async def feed() -> None:
-        for n, v in enumerate(made):
-            serving.predict(v)
-            if n % 256 == 0:
-                await serving.room()
-
     async def both() -> None:
-        feeding = asyncio.ensure_future(feed())
+        feeding = asyncio.ensure_future(feed(serving, made))
         while held_up and serving.ring.waiting <= serving.ring.capacity // 2 and not feeding.done():
             await asyncio.sleep(0)
         if held_up:
@@ -211,14 +213,8 @@ def test_a_stream_that_can_wait_waits_for_models_that_load(small: Small, session
         looks += 1
         return is_set()
 
-    async def feed() -> None:
-        for n, v in enumerate(made):
-            serving.predict(v)
-            if n % 256 == 0:
-                await serving.room()
-
     async def both() -> None:
-        feeding = asyncio.ensure_future(feed())
+        feeding = asyncio.ensure_future(feed(serving, made))
         with monkeypatch.context() as m:
             m.setattr("cift_strategies.serving.STUCK_S", 0.0)
             m.setattr(serving.ready, "is_set", looked)
