@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cift_strategies.server.compute import Computer
 
 WAITING: Final = 16  # requests
-PATIENCE_S: Final = 5.0  # for an answer: on a busy machine the models take that long to be loaded
+PATIENCE_S: Final = 20.0  # for an answer: on a machine that is busy throughout the models take several seconds to be loaded
 AGAIN: Final = {"Retry-After": "1"}
 
 

@@ -564,8 +564,9 @@ def test_metrics_name_their_units_and_agree_with_the_api(served: Served) -> None
 def test_no_request_that_the_schema_allows_or_forbids_finds_a_fault(messages: list[dict[str, Any]], tmp_path: Path) -> None:
     """Schemathesis with all its checks; commands included, with the token."""
     with serving(tmp_path, messages) as s:
-        row = {"ts": 1, "values": {"mid": 1.0}}
-        s.http.post("/api/v1/predict", json={"symbol": messages[0]["info"][0]["symbol"], "features": [row]})  # loads the models
+        for window in ({"features": [{"ts": 1, "values": {"mid": 1.0}}]}, {"events": [{"ts": 1, "action": "R"}]}):  # the models are loaded
+            asked = {"symbol": messages[0]["info"][0]["symbol"], **window}
+            s.until(lambda asked=asked: s.http.post("/api/v1/predict", json=asked).status_code == 200)
         done = threading.Event()
         telling = threading.Thread(target=lambda: [s.node.tell() for _ in iter(lambda: done.wait(0.2), True)], daemon=True)
         telling.start()
