@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
-import typer
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # a kill during the imports waits for `run`: by itself it ends the process
 
-from catalog.errors import exit_code, run_typer
+import typer  # noqa: E402
+
+from catalog.errors import exit_code, run_typer  # noqa: E402
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 

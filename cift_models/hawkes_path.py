@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from numba import njit
-from scipy import stats
 from scipy.linalg import expm
 
 from cift_models.hawkes_process import DAY_NS, NS, Config, Floats, Ints, Params, observe
@@ -340,6 +339,8 @@ def goodness(res: Floats, lags: int = 20, points: int = 99) -> Goodness | None:
     n = len(res)
     if n < lags + 2:
         return None
+    from scipy import stats  # half a second, which serving does without
+
     ks = stats.kstest(res, "expon")
     x = res - res.mean()
     power = float(x @ x)

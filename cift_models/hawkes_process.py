@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 from pydantic import BaseModel, ConfigDict, Field, field_validator
-from scipy import optimize
 
 from catalog.errors import InputError
 from catalog.events import ADD, CANCEL, TRADE
@@ -358,6 +357,8 @@ def fit_process(
 
     bounds = [(-30.0, 30.0)] * (d * B) + [(-1e3, 1e3)] * (K * d * d) + [(-12.0, 12.0)] * K
     options = {"maxiter": config.max_iterations, "maxfun": 2 * config.max_iterations, "maxcor": 10, "ftol": 1e-9, "gtol": 1e-6}
+    from scipy import optimize  # serving does without
+
     found = optimize.minimize(objective, space.of(first), jac=True, method="L-BFGS-B", bounds=bounds, options=options)
     params, _ = space.params(found.x)
     order = np.argsort(params.beta)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from cift_strategies.journal import Journal
     from cift_strategies.outcome import Scored
     from cift_strategies.recording import Recorder
-    from cift_strategies.server.link import Link
+    from cift_strategies.server.link import Early, Link
     from cift_strategies.server.supervisor import Supervisor
     from cift_strategies.serving import Models, Serving
     from cift_strategies.system import Client, System
@@ -50,8 +50,9 @@ def run(config: LiveConfig, ask: Callable[[str], str] = input) -> Path:
     """The whole session; returns the folder with the report. Raises InputError for what the user can mend."""
     check(config)
     confirm(config, ask)
-    kills: list[str] = []  # asked for by signal before there is a node; by itself the signal would end the process
+    kills: list[str] = []  # asked for by signal or API before there is a node; by itself the signal would end the process
     before = {n: signal.signal(n, how) for n, how in ((signal.SIGTERM, _interrupt), (signal.SIGUSR1, lambda *_: kills.append("SIGUSR1")))}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # run_live.py held it back
     try:
         with locked(config.state), contextlib.ExitStack() as stack:
             return _run(config, stack, kills)
@@ -71,7 +72,7 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack, kills: list[str]) -> P
 
     journal = Journal(state, config.model_dump_json(), "normal" if config.paper else "full", not config.simulated)
     stack.callback(journal.close)
-    link, server = beside(config, stack)
+    link, server, early = beside(config, stack, kills)
     ready = prepare(config)
     from cift_models.hmm import REGIMES
     from cift_strategies.controls import Switches, Watch
@@ -156,6 +157,7 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack, kills: list[str]) -> P
     session = Session(config, system, serving, switches, watch, node, last, display, kills)
     switches.run()
     display.say(f"{config.feed} of {', '.join(x.id for x in ready.instruments)} on {config.venue}; Ctrl-C ends it")
+    early.stop()
     gc.collect()
     gc.freeze()  # what is there stays: no collection on the loop has to look through it
     asyncio.run(session.run(), loop_factory=uvloop.new_event_loop)  # a turn of the loop costs half of asyncio's own
@@ -179,9 +181,10 @@ def _run(config: LiveConfig, stack: contextlib.ExitStack, kills: list[str]) -> P
     return finish(config, ready, system, serving, switches, scored, began, node, getattr(line, "ahead", 0))
 
 
-def beside(config: LiveConfig, stack: contextlib.ExitStack) -> tuple[Link, Supervisor]:
-    """The link to the server, and the server as a process that is started again when it dies: it starts up while the node is made."""
-    from cift_strategies.server.link import Link
+def beside(config: LiveConfig, stack: contextlib.ExitStack, kills: list[str]) -> tuple[Link, Supervisor, Early]:
+    """The link to the server, the server as a process that is started again when it dies, and who takes kills meanwhile: it starts up
+    while the node is made."""
+    from cift_strategies.server.link import Early, Link
     from cift_strategies.server.supervisor import Supervisor
 
     link = Link(config.state / "link.sock")
@@ -189,7 +192,9 @@ def beside(config: LiveConfig, stack: contextlib.ExitStack) -> tuple[Link, Super
     server = Supervisor(link, config.state, config.port, [word for m in config.members for word in ("--member", m)])
     stack.callback(server.stop)
     server.begin()
-    return link, server
+    early = Early(link, kills.append)
+    stack.callback(early.stop)
+    return link, server, early
 
 
 def record(

@@ -89,7 +89,6 @@ class Monitor(DataActor):
     ) -> None:  # fmt: skip
         super().__init__(DataActorConfig(actor_id=ActorId("CIFT-MONITOR")))
         self.system, self.controls, self.link = system, controls, link
-        link.command = self.on_command
         self.errors, self.first_error = 0, cast(Exception | None, None)
         self.run = f"{os.getpid():x}-{time.time_ns():x}"
         self.present = Present(system, mode)
@@ -122,6 +121,7 @@ class Monitor(DataActor):
         self.subscribe_topic(PREDICTIONS, self.on_prediction)
         self.subscribe_topic(SIGNALS, self.on_signal_message)
         self._started = self.now()
+        self.link.command = self.on_command
         with contextlib.suppress(RuntimeError):  # no loop in a backtest
             self.link.attach(asyncio.get_running_loop())
         self.clock.set_timer_ns("monitor", EVERY_MS * MS, callback=self.on_frame)

@@ -16,6 +16,7 @@ import marshal
 import os
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -27,6 +28,7 @@ from catalog.errors import InputError
 LONGEST: Final = 32 << 20  # bytes of a message: a snapshot is the longest
 COMMAND: Final = 64 << 10  # bytes that may wait to be read as commands
 ROOM: Final = 1 << 20  # of the socket's buffer
+EARLY_S: Final = 0.05  # between two looks for commands before there is a loop
 PATH_MAX: Final = 100  # bytes of a Unix socket's path that every system takes
 
 type Answer = dict[str, Any]
@@ -206,6 +208,33 @@ class Link:
         self.path.unlink(missing_ok=True)
         if self._folder is not None:
             self._folder.cleanup()
+
+
+class Early:
+    """Listens at `link` in a thread of its own until :meth:`stop`, while the node is still being made: a kill is accepted, its reason goes
+    to `kill`, and every other command is refused. No frame is sent."""
+
+    def __init__(self, link: Link, kill: Callable[[str], object]) -> None:
+        self._link, self._kill = link, kill
+        link.command = self._command
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._listen, name="cift-early-commands", daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        while not self._end.wait(EARLY_S):
+            self._link.poll()
+
+    def _command(self, name: str, args: dict[str, Any]) -> Answer:
+        if name != "kill":
+            raise InputError(f"the node is starting and takes a kill alone: ask for {name} again when it is ready")
+        self._kill(str(args.get("reason") or "by command"))
+        return {"state": "killed"}
+
+    def stop(self) -> None:
+        """What comes from now on waits for who polls next. Twice does no harm."""
+        self._end.set()
+        self._thread.join()
 
 
 class Unanswered(Exception):

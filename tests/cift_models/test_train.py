@@ -211,10 +211,13 @@ def test_an_output_folder_with_other_things_is_refused_before_anything_is_read(t
 
 
 def test_reading_models_costs_no_heavy_import():
-    """run_backtest.py starts fast: no torch, XGBoost, scikit-learn or Nautilus comes with the inference."""
+    """run_backtest.py and the server's first prediction are quick: nothing that only training, statistics or trading need comes with the
+    inference and any of the five."""
     code = (
-        "import sys, cift_models.inference, cift_models.train, cift_models.validate, cift_models.fusion, cift_models.hmm;"
-        "print([m for m in ('torch', 'xgboost', 'sklearn', 'hmmlearn', 'nautilus_trader') if m in sys.modules])"
+        "import sys, cift_models.inference, cift_models.train, cift_models.validate;"
+        "from cift_models.ensemble import MEMBERS, member_class;"
+        "assert all(member_class(where) for where in MEMBERS.values()) and len(MEMBERS) == 5; print([m for m in "
+        "('torch', 'xgboost', 'sklearn', 'hmmlearn', 'scipy.stats', 'scipy.optimize', 'nautilus_trader') if m in sys.modules])"
     )
     got = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
     assert got.stdout.strip() == "[]"

@@ -201,6 +201,33 @@ def test_nothing_sticks_out(browser: Browser, served: Served, width: int, height
     context.close()
 
 
+@pytest.mark.parametrize(("width", "height"), [(1_440, 900), (390, 844)])
+def test_however_many_orders_work_the_newest_closed_trade_is_seen_beside_them(
+    browser: Browser, messages: list[dict[str, Any]], tmp_path: Path, width: int, height: int  # noqa: F811
+) -> None:
+    order = next(o for m in messages for o in m["logs"].get("orders", []))
+    trade = next(t for m in messages for t in m["logs"].get("trades", []))
+    logs = {
+        "orders": [order | {"id": f"many-{n}", "number": n, "open": True} for n in range(100)],
+        "trades": [trade | {"seq": n + 1, "number": n} for n in range(40)],
+    }
+    with serving(tmp_path, [messages[0] | {"logs": logs}]) as s:
+        context = browser.new_context(viewport={"width": width, "height": height})
+        page = context.new_page()
+        page.goto(s.url)
+        orders, trades = (page.get_by_role("region", name=name) for name in ("Working orders", "Closed trades"))
+        expect(orders.locator("tbody tr")).to_have_count(100)
+        expect(trades.locator("tbody tr")).to_have_count(40)
+        if width < 800:
+            trades.scroll_into_view_if_needed()
+        for place in (orders, trades):
+            expect(place.locator("tbody tr").first).to_be_in_viewport(ratio=0.9)
+            place.focus()
+            page.keyboard.press("End")
+            expect(place.locator("tbody tr").last).to_be_in_viewport(ratio=0.9)
+        context.close()
+
+
 def test_the_built_page_is_that_of_the_sources(tmp_path: Path) -> None:
     if not (SOURCES / "node_modules").is_dir() or shutil.which("npx") is None:
         pytest.skip("the page's tools are not installed: run `npm ci` in cift_strategies/server/page to compare")

@@ -54,11 +54,20 @@ def last_session(small: Small) -> list[Path]:
 def session(small: Small, state: Path, *options: str, strategy: str = EAGER, **more: Any) -> subprocess.Popen[str]:
     """`run_live.py` on the last session of the small market, as a process."""
     config = state.with_suffix(".toml")
+    config.write_text(settings_of(small, strategy, **more))
+    return started(config, state, *options)
+
+
+def settings_of(small: Small, strategy: str = EAGER, **more: Any) -> str:
+    """The TOML for `--config`."""
     settings = {"dbn": [str(p) for p in last_session(small)], "artifacts": str(small.artifact), "strategy": strategy, **more}
     tables = {k: v for k, v in settings.items() if isinstance(v, dict)}
     lines = [f"{k} = {json.dumps(v)}" for k, v in settings.items() if k not in tables]
     lines += [line for k, t in tables.items() for line in (f"[{k}]", *(f"{n} = {json.dumps(v)}" for n, v in t.items()))]
-    config.write_text("\n".join(lines))
+    return "\n".join(lines)
+
+
+def started(config: Path, state: Path, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "run_live.py", "--config", str(config), "--state", str(state), *options]
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "CIFT_KILL": str(state / "kill")}
@@ -404,6 +413,39 @@ def test_positions_and_kill_switch_are_there_before_the_models_are(small: Small,
     process.send_signal(signal.SIGTERM)
     said.append(process.communicate(timeout=WITHIN_S)[0])
     assert process.returncode == 0 and "no report: the models are being loaded" in said[-1], said
+
+
+def test_a_kill_is_taken_while_a_replay_that_holds_nothing_waits_for_its_models(small: Small, tmp_path: Path) -> None:
+    """They wait for their table of alternative data, a pipe that nobody writes. A kill so taken goes the way of a signal's."""
+    state = tmp_path / "state"
+    os.mkfifo(tmp_path / "never.csv")
+    process = session(small, state, "--speed", "20", altdata=str(tmp_path / "never.csv"))
+    assert process.stdout is not None
+    url = next(line for line in process.stdout if line.startswith("page and API: ")).split()[-1]
+    token = (state / "token").read_text().strip()
+    assert until(lambda: asked(url, "kill", token), process) == {"state": "killed"}
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        asked(url, "pipeline/start", token)
+    assert refused.value.code == 409 and "the node is starting" in json.load(refused.value)["detail"]
+    assert asked(url, "snapshot") is None
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=WITHIN_S) and process.returncode == 130
+
+
+def test_a_kill_by_signal_while_the_command_line_is_still_being_read_is_not_lost(small: Small, tmp_path: Path) -> None:
+    state, pipe = tmp_path / "state", tmp_path / "live.toml"
+    os.mkfifo(pipe)
+    process = started(pipe, state, "--speed", "20")
+    with pipe.open("w") as config:  # from the other end: before anything of a session is there
+        process.send_signal(signal.SIGUSR1)
+        config.write(settings_of(small))
+    assert process.stdout is not None
+    said = next((line for line in process.stdout if line.startswith("killed")), f"ended with {process.wait(WITHIN_S)}")
+    assert said == "killed: SIGUSR1\n"
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=WITHIN_S)
+    assert process.returncode == 0 and not rows(state, "select * from signals")
 
 
 def test_a_signal_ends_the_session_with_its_positions_closed_and_its_report_written(small: Small, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from cift_strategies.server.link import Reader
 from cift_strategies.server.metrics import Metrics
 from cift_strategies.server.mirror import Mirror
 from cift_strategies.server.schemas import Frame
-from cift_strategies.server.window import Windows
+from cift_strategies.server.window import WAITING, Windows
 
 ROOT = Path(__file__).resolve().parents[2]
 LISTS = {
@@ -410,6 +410,54 @@ def test_features_by_name_are_enough_for_those_members_that_live_on_them(served:
         assert (told.recommendation.take_profit - told.recommendation.stop_loss) * told.recommendation.direction > 0
 
 
+def test_who_asks_before_the_models_are_loaded_is_told_to_ask_again_and_then_answered(messages: list[dict[str, Any]], small: Any) -> None:
+    from cift_strategies.server.compute import Computer
+
+    loading = threading.Event()
+
+    class Slow(Computer):
+        def predict(self, *how: Any) -> r.PredictResponse:
+            assert loading.wait(GUARD_S)
+            return super().predict(*how)
+
+    mirror, windows = Mirror(), Windows(patience_s=0.0)
+    mirror.take(json.loads(json.dumps(messages[0])))
+    windows._computer = Slow(())
+    app = make_app(mirror, Reader(Path("none"), mirror.take), windows, Metrics(mirror))
+    row = {"ts": 1_741_614_600_000_000_000, "values": {"mid": 100.005, "spread": 1.0}}
+    body = {"symbol": messages[0]["info"][0]["symbol"], "features": [row]}
+
+    async def ask() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://node") as http:
+            for n in range(WAITING + 1):
+                early = await http.post("/api/v1/predict", json=body)
+                assert early.status_code == 503 and early.headers["retry-after"] == "1"
+                assert early.headers["content-type"] == "application/problem+json"
+                assert ("the models are being loaded" if n < WAITING else "waiting already") in early.json()["detail"]
+            loading.set()
+            windows.patience_s = GUARD_S
+            while windows._waiting:
+                await asyncio.sleep(0.01)
+            told = await http.post("/api/v1/predict", json=body)
+            assert told.status_code == 200 and r.PredictResponse.model_validate(told.json()).events == 1
+
+    asyncio.run(ask())
+
+
+def test_a_server_that_nobody_asks_to_predict_loads_no_models(messages: list[dict[str, Any]], tmp_path: Path) -> None:
+    with serving(tmp_path, messages) as s:
+        assert s.supervisor.process is not None
+        libraries = Path(f"/proc/{s.supervisor.process.pid}/maps")
+        s.node.tell(3)
+        for path in ("/", "/metrics", "/openapi.json", *(f"/api/v1/{name}" for name in LISTS)):
+            assert s.http.get(path).status_code == 200
+        assert "llvmlite" not in libraries.read_text()
+        row = {"ts": 1, "values": {"mid": 1.0}}
+        asked = {"symbol": messages[0]["info"][0]["symbol"], "features": [row]}
+        s.until(lambda: s.http.post("/api/v1/predict", json=asked).status_code == 200)
+        assert "llvmlite" in libraries.read_text() and "libtorch" not in libraries.read_text()
+
+
 @pytest.mark.parametrize(
     ("body", "status", "says"),
     [
@@ -516,8 +564,9 @@ def test_metrics_name_their_units_and_agree_with_the_api(served: Served) -> None
 def test_no_request_that_the_schema_allows_or_forbids_finds_a_fault(messages: list[dict[str, Any]], tmp_path: Path) -> None:
     """Schemathesis with all its checks; commands included, with the token."""
     with serving(tmp_path, messages) as s:
-        row = {"ts": 1, "values": {"mid": 1.0}}
-        s.http.post("/api/v1/predict", json={"symbol": messages[0]["info"][0]["symbol"], "features": [row]})  # loads the models
+        for window in ({"features": [{"ts": 1, "values": {"mid": 1.0}}]}, {"events": [{"ts": 1, "action": "R"}]}):  # the models are loaded
+            asked = {"symbol": messages[0]["info"][0]["symbol"], **window}
+            s.until(lambda asked=asked: s.http.post("/api/v1/predict", json=asked).status_code == 200)
         done = threading.Event()
         telling = threading.Thread(target=lambda: [s.node.tell() for _ in iter(lambda: done.wait(0.2), True)], daemon=True)
         telling.start()

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from catalog.errors import InputError
-from cift_strategies.server.link import Link, Reader, Refused, Unanswered
+from cift_strategies.server.link import Early, Link, Reader, Refused, Unanswered
 
 GUARD_S = 30.0
 
@@ -189,3 +189,29 @@ def test_a_reader_asks_and_is_told_when_nobody_answers(link: Link) -> None:
         reading.cancel()
 
     asyncio.run(asyncio.wait_for(ask(), GUARD_S))
+
+
+def test_before_there_is_a_node_a_kill_is_taken_and_all_else_refused(link: Link) -> None:
+    """What comes once nobody listens for it any more waits for the node's loop."""
+    kills = list[str]()
+    early = Early(link, kills.append)
+
+    async def ask() -> None:
+        reader = Reader(link.path, lambda _: None)
+        reading = asyncio.create_task(reader.run())
+        while not reader.connected:
+            await asyncio.sleep(0)
+        assert await reader.ask("kill", {"reason": "it is wrong"}, GUARD_S) == {"state": "killed"}
+        for command in ("pause", "resume", "reload"):
+            with pytest.raises(Refused, match="the node is starting") as refused:
+                await reader.ask(command, {"path": "models"}, GUARD_S)
+            assert not refused.value.ours
+        assert kills == ["it is wrong"]
+        await asyncio.to_thread(early.stop)
+        link.command = lambda name, args: {"state": f"{name} by the node"}
+        link.attach(asyncio.get_running_loop())
+        assert await reader.ask("kill", {}, GUARD_S) == {"state": "kill by the node"} and len(kills) == 1
+        early.stop()
+        reading.cancel()
+
+    asyncio.run(ask())

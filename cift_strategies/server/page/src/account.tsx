@@ -4,7 +4,7 @@ import { For, Show, createMemo, type JSX } from "solid-js";
 import type uPlot from "uplot";
 import { Chart } from "./chart";
 import { MEMBER, number, time, words } from "./format";
-import { Money, Panel, Table, held, over, price, side, units, type Column } from "./parts";
+import { Money, Panel, Scroll, Table, held, over, price, side, units, type Column } from "./parts";
 import { orders, series, slow, state, trades } from "./store";
 import type { Order, Position, Trade } from "./types";
 
@@ -99,10 +99,14 @@ export function Orders(): JSX.Element {
     <Panel title={over() ? "Trades" : "Orders and trades"} area="orders">
       <Show when={!over()}>
         <Show when={working().length} fallback={<p class="empty">no order works</p>}>
-          <Table caption="Working orders" columns={ORDERS} rows={working()} empty="" />
+          <Scroll label="Working orders">
+            <Table caption={`Working orders: ${working().length}`} titled columns={ORDERS} rows={working()} empty="" />
+          </Scroll>
         </Show>
       </Show>
-      <Table titled caption="Closed trades, newest first" columns={TRADES} rows={trades().slice(0, CLOSED)} empty="no trade was closed" />
+      <Scroll label="Closed trades">
+        <Table titled caption="Closed trades, newest first" columns={TRADES} rows={trades().slice(0, CLOSED)} empty="no trade was closed" />
+      </Scroll>
     </Panel>
   );
 }

@@ -35,6 +35,13 @@ export function Panel(props: { title: string; area: string; children: JSX.Elemen
   );
 }
 
+/** A list that shares its panel with others and scrolls by itself, with the keyboard too. */
+export const Scroll = (props: { label: string; children: JSX.Element }): JSX.Element => (
+  <div class="scroll" role="region" tabindex="0" aria-label={props.label}>
+    {props.children}
+  </div>
+);
+
 export const Empty = (props: { children: JSX.Element }): JSX.Element => <p class="empty">{props.children}</p>;
 
 export interface Column<T> {
