@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from catalog.errors import InputError
 from catalog.events import ADD, EVENT, F_LAST, SCALE, Instrument
@@ -29,6 +30,7 @@ from cift_strategies.weights import packed, unpacked
 MOST: Final = 16_384  # events of a block
 IDLE_S: Final = 0.05  # longest sleep
 WEIGHTS_EVERY_S: Final = 1.0
+KEEP_S: Final = 0.5  # what was predicted is kept so often, all of it together: block by block that took ten times as long as to predict it
 
 
 def serve(models: Models, memory: str, capacity: int, wake: Connection, orders: Connection, replies: Connection) -> None:
@@ -87,15 +89,20 @@ class _Server:
             self.outcomes = Outcomes(engine, models.artifact, models.instruments, models.results, models.seed)
         self.votes = Votes(models.session) if models.session is not None else None
         self.batches = self.skipped = self.passed = self.lost = 0
-        self._told = time.monotonic()
+        self._told = self._kept = time.monotonic()
+        self._held: list[tuple[Block, Predictions, NDArray[np.int64]]] = []  # what is to be kept: the latest blocks, and how long each took
+        self._first = self._events = 0  # number of the first event of these blocks, and how many they have
         self._parent = os.getppid()
 
     def run(self) -> None:
         try:
             self._run()
         finally:
-            if self.votes is not None:
-                self.votes.close()
+            try:
+                self._keep()
+            finally:
+                if self.votes is not None:
+                    self.votes.close()
 
     def _run(self) -> None:
         ring = self.ring
@@ -104,6 +111,8 @@ class _Server:
                 return
             if ring.waiting:
                 self._block()
+            elif self._held and time.monotonic() - self._kept >= KEEP_S:
+                self._keep()
             else:
                 ring.words[ASLEEP] = 1
                 if not ring.waiting and self.wake.poll(IDLE_S):
@@ -134,17 +143,36 @@ class _Server:
             predictions = tuple(_prediction(p, i, self.engine.model_version) for i in newest)
             counts, totals = (dict(self.engine.failures), dict(self.engine.late)), (self.batches, self.skipped, self.passed)
             self.replies.send(Answer(predictions, tuple(at[newest].tolist()), taken, done, *totals, *counts, waiting))
-        if self.votes is not None:
-            self.votes.push(first, block.closes, p, done - came[block.closes], self.engine.model_version)
-        if self.outcomes is not None:
-            try:
-                self.outcomes.push(block, p, done - came[block.closes])
-            except OSError as e:  # a full disk costs the report, and not the models
-                self._unkept(e)
+        if self.votes is not None or self.outcomes is not None:
+            if not self._held:
+                self._first = first
+            self._held.append((block, p, done - came[block.closes]))
+            self._events += len(events)
+            if self._events >= MOST:
+                self._keep()
         if time.monotonic() - self._told >= WEIGHTS_EVERY_S:
             self._told = time.monotonic()
             self.replies.send(("weights", (self.engine.learned.weights.copy(), self.engine.regret())))
             self.replies.send(("learned", (self.engine.model_version, packed(self.engine.learned))))
+
+    def _keep(self) -> None:
+        """Note what was predicted since this was done last."""
+        self._kept = time.monotonic()
+        if not self._held:
+            return
+        blocks, parts, took = zip(*self._held)
+        self._held, self._events = [], 0
+        starts = np.cumsum([0, *(len(b.events) for b in blocks)])
+        closes = np.concatenate([b.closes + start for b, start in zip(blocks, starts)])
+        block = Block(np.concatenate([b.events for b in blocks]), np.concatenate([b.rows for b in blocks]), closes)
+        p, latency = Predictions(*map(np.concatenate, zip(*parts))), np.concatenate(took)
+        if self.votes is not None:
+            self.votes.push(self._first, closes, p, latency, self.engine.model_version)
+        if self.outcomes is not None:
+            try:
+                self.outcomes.push(block, p, latency)
+            except OSError as e:  # a full disk costs the report, and not the models
+                self._unkept(e)
 
     def _obey(self, order: str, argument: Any) -> bool:
         if order == "reload":
@@ -155,6 +183,7 @@ class _Server:
             return False
         while self.ring.waiting:
             self._block()
+        self._keep()
         scored = None
         if self.outcomes is not None:
             try:
@@ -169,6 +198,7 @@ class _Server:
         self.replies.send(("unkept", f"predictions cannot be kept ({error})"))
 
     def _reload(self, path: Any) -> dict[str, Any]:
+        self._keep()
         try:
             kept = self.engine.swap(path)
         except InputError as e:

@@ -26,7 +26,7 @@ import numpy as np
 
 PATHS = ("positions", "pnl", "regime", "latency", "feeds", "models/status", "fills", "weights")
 CONNECTIONS = 25
-CLOSE = 0x88  # first byte of a frame that ends a stream
+CLOSE, PING, PONG = 0x88, 0x89, 0x8A  # first bytes of frames: an end, a question whether the client is there, its answer
 UPGRADE = (
     "GET /api/v1/predict/stream HTTP/1.1\r\nHost: {}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
@@ -65,6 +65,11 @@ class Listener:
             at += 2 + more + (int.from_bytes(data[at + 2 : at + 2 + more]) if more else short)
             if data[head] == CLOSE:
                 self.cut += 1
+            elif data[head] == PING:
+                if len(data) < at:
+                    at = head
+                    break
+                self.socket.sendall(bytes([PONG, 0x80 | short, 0, 0, 0, 0]) + data[at - short : at])
             else:
                 self.messages += 1
         self._left, self._rest = max(0, at - len(data)), data[at:]

@@ -25,16 +25,32 @@ class Trips(Eager):
 
 
 class Timed(Eager):
-    """Writes of each prediction when it was decided on (time.monotonic_ns) and how long after its event that was (ns of the stream) to the
-    file in CIFT_TIMED, (n, 2) int64, when the session ends."""
+    """Writes of each prediction its instrument, its event's stamp, and how long after the event had come to the node, and after it had
+    happened, it was decided on (wall-clock ns) to the file in CIFT_TIMED, (n, 4) int64, when the session ends."""
 
     def __init__(self, terms: Any) -> None:
         super().__init__(terms)
-        self.timed: list[tuple[int, int]] = []
+        self.came: dict[tuple[int, int], int] = {}  # instrument and stamp of what closes a batch -> time.monotonic_ns
+        self.timed: list[tuple[int, int, int, int]] = []
+        self.decided = (0, 0)  # time.monotonic_ns and time.time_ns of the newest decision, before anything is done about it
+
+    def decide(self, p: Any) -> Any:
+        told = super().decide(p)
+        self.decided = time.monotonic_ns(), time.time_ns()
+        return told
+
+    def on_features(self, message: Any) -> None:
+        now = time.monotonic_ns()
+        for i in message.closes:
+            self.came[message.instrument, int(message.events["ts_init"][i])] = now
+        super().on_features(message)
 
     def on_prediction(self, message: Any) -> None:
+        self.decided = (0, 0)
         super().on_prediction(message)
-        self.timed.append((time.monotonic_ns(), self.now() - message.ts))
+        at, wall = self.decided if self.decided[0] else (time.monotonic_ns(), time.time_ns())  # not asked while it cannot enter
+        key = message.instrument, message.ts
+        self.timed.append((*key, at - self.came.pop(key), wall - self.terms.pace.wall(message.ts)))
 
     def on_stop(self) -> None:
         super().on_stop()

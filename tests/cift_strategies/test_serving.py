@@ -24,7 +24,7 @@ from cift_models.features import NAMES
 from cift_models.inference import Engine, Predictions, stream
 from cift_models.windows import Block
 from cift_strategies.messages import FeatureVector, Prediction
-from cift_strategies.results import ROW_GROUP
+from cift_strategies.results import ROW_GROUP, columns_of
 from cift_strategies.serving import CAPACITY, HEAD, LOST, Models, Ring, Serving
 
 WAIT_S = 120
@@ -101,6 +101,10 @@ def test_what_is_answered_is_what_the_engine_says_of_the_whole_history(small: Sm
     kept = pq.read_metadata(tmp_path / "predictions.parquet")
     assert scored is not None and scored.predictions == batches == kept.num_rows
     assert kept.num_row_groups <= 1 + batches // ROW_GROUP  # however few there are in a block
+    rows = columns_of(pq.read_table(tmp_path / "predictions.parquet"))
+    places = {x.id: k for k, x in enumerate(table)}
+    for k, ts, up in zip(rows["instrument"], rows["ts"], rows["p_up_1s"]):
+        assert np.float32(np.frombuffer(whole[places[k], ts][0]).reshape(-1, 3)[1, 2]).tobytes() == up.tobytes()
     assert scored.first == made[0].ts and scored.last == made[-1].ts and scored.model_version == serving.engine.model_version
 
 
