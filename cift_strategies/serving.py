@@ -11,11 +11,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -177,6 +179,21 @@ class Told:
         return self
 
 
+@contextmanager
+def no_main() -> Iterator[None]:
+    """Processes started within do not run the user's script again, as multiprocessing's do that are spawned: one that starts a pipeline
+    without asking for its name would start another pipeline in each. The models need nothing of it."""
+    main = sys.modules["__main__"]
+    spec, file = main.__spec__, main.__dict__.pop("__file__", None)
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        main.__spec__ = spec
+        if file is not None:
+            main.__file__ = file
+
+
 class Serving:
     """A predictor that answers later, on the node's loop, once :meth:`connect` has said how.
 
@@ -200,7 +217,8 @@ class Serving:
         self.process = context.Process(
             target=serve, args=(models, self.ring.memory.name, capacity, theirs, orders, replies), name="cift-inference", daemon=True
         )
-        self.process.start()
+        with no_main():
+            self.process.start()
         for end in (theirs, replies, orders):
             end.close()
         self.ready = threading.Event()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import subprocess
 import sys
@@ -119,3 +120,30 @@ def test_the_example_prints_what_the_ensemble_says(small: Any, tmp_path: Path) -
     assert run.returncode == 0, run.stderr[-3_000:]
     lines = run.stdout.splitlines()
     assert len(lines) == 20 and all(re.fullmatch(r"\w+\.\w+: (buy|sell|nothing to do) .+, \d+\.\d ms", line) for line in lines)
+
+
+PLAIN = """
+import asyncio, json, sys
+from cift_strategies import InferencePipeline, PipelineConfig
+
+pipeline = InferencePipeline(PipelineConfig(**json.loads(sys.argv[1])))
+
+@pipeline.on_prediction
+def told(result):
+    print(result.symbol, result.prediction.direction)
+    if pipeline.delivered + 1 >= 5:
+        pipeline.stop()
+
+asyncio.run(pipeline.start())
+"""
+
+
+def test_a_script_that_does_not_ask_for_its_name_is_not_run_again_by_the_models_process(small: Any, tmp_path: Path) -> None:
+    files = sorted((small.catalog.parent / "market").glob("*.dbn.zst"))[-2:]
+    settings = {"dbn": [str(f) for f in files], "artifacts": str(small.artifact), "speed": 50}
+    (tmp_path / "plain.py").write_text(PLAIN)
+    command = [sys.executable, str(tmp_path / "plain.py"), json.dumps(settings)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3_000:]
+    assert len(run.stdout.splitlines()) == 5
