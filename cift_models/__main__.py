@@ -11,7 +11,10 @@ import typer
 from catalog.errors import InputError, exit_code, run_typer
 from catalog.moments import nanoseconds
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Train, score and look at models.")
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Train, score and look at models.",
+)  # fmt: skip
 Catalog = Annotated[Path, typer.Option(help="folder of a NautilusTrader catalog")]
 Symbols = Annotated[str, typer.Option(help="instruments, with commas; all where empty")]
 Start = Annotated[str, typer.Option(help="first time, ISO 8601 UTC or ns")]

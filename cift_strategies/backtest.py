@@ -26,13 +26,14 @@ from catalog import rolls
 from catalog.errors import InputError
 from catalog.estimate import estimate as estimated
 from catalog.events import Instrument, read_catalog, trading_state
+from catalog.parquet import iso
 from catalog.progress import Steps
 from catalog.whole import replacing
 from cift_strategies import source as sources
 from cift_strategies.outcome import I64, Outcomes, RunResult, Traded, write_run
 from cift_strategies.risk import Limits
 from cift_strategies.settings import Settings
-from cift_strategies.stream import Span
+from cift_strategies.stream import PAUSE_NS, Span
 
 if TYPE_CHECKING:
     from nautilus_trader.backtest import BacktestResult
@@ -133,10 +134,12 @@ def plan(config: RunConfig, found: sources.Source) -> Plan:
         names = ", ".join(x.id for x in found.instruments)
         raise InputError(f"{found.root} has no events of {names} in the range that was asked for: choose another --start and --end")
     if config.artifacts is not None:
-        from cift_models.artifacts import read
-
-        trained = read(config.artifacts).manifest["range"]
-        split = max(int(trained["end"]), span.first - 1) if trained["start"] <= span.last else span.first - 1
+        split = _trained_until(trained_on(config.artifacts), span)
+        if span.last <= split:
+            raise InputError(
+                f"{config.artifacts} was trained on data up to {iso(split)}, and {found.root} has nothing to trade after it: choose a "
+                "later --end or other data, or train with an earlier --end"
+            )
     elif found.split is not None and config.train_fraction is None:
         split = found.split - 1
     else:
@@ -146,6 +149,26 @@ def plan(config: RunConfig, found: sources.Source) -> Plan:
     start = span.fresh_start(span.after(split))
     streamed = events - span.count(start - 1)
     return Plan(found.root, tuple(found.instruments), span.first, split, start, span.last, span.ends(), events, streamed, config)
+
+
+def trained_on(artifact: Path) -> tuple[int, int]:
+    """First and last stamp of what the models have seen, ns."""
+    from cift_models.artifacts import read
+
+    seen = read(artifact).manifest["range"]
+    return int(seen["start"]), int(seen["end"])
+
+
+def _trained_until(seen: tuple[int, int], span: Span) -> int:
+    """The last stamp of `span` that the models have `seen`. The rest of a session whose end is nearer than the longest horizon counts as
+    seen: its books would have to be filled by streaming all of that session again, for next to nothing."""
+    from cift_models.windows import HORIZONS_NS
+
+    first, last = seen
+    if first > span.last or last < span.first:
+        return span.first - 1
+    soon = last + HORIZONS_NS[-1]
+    return soon if span.after(soon) - soon > PAUSE_NS or span.last <= soon else last
 
 
 def notes(p: Plan, altdata: Table | None = None) -> list[str]:
@@ -160,6 +183,11 @@ def notes(p: Plan, altdata: Table | None = None) -> list[str]:
             out.append("the models were trained with alternative data and go without them here: give them with --altdata")
         if altdata is not None and not learnt:
             out.append("the models were trained without alternative data: what was given changes nothing")
+        first, last = trained_on(p.config.artifacts)
+        if first > p.last:
+            out.append(f"the models were trained on later data, {iso(first)} to {iso(last)}: nobody could have had them then")
+        elif last >= p.first:
+            out.append(f"the models were trained on {iso(first)} to {iso(last)}: trading begins after that")
     return out
 
 
@@ -372,6 +400,7 @@ def _run(
         "notes": notes(p, altdata),
         "data_quality": quality,
         "callback_errors": 0,
+        "trained_on": dict(zip(("start", "end"), trained_on(artifact))),
         "split": p.split,
         "start": p.start,
         "end": p.last,

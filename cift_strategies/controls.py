@@ -103,7 +103,7 @@ class Watch(DataActor):
 
     `late_ms`: by how much of the wall's time the newest event may lag; `ahead_ms`: by how much it may be early; `model_ms`: how long a
     batch may wait for its prediction. `silent` is told by Health. It passes on what the feed says of markets that open and halt;
-    `restamp`: see Translator.
+    `restamp`: see Intake.
     """
 
     def __new__(cls, *_args: Any, **_named: Any) -> Watch:

@@ -129,7 +129,9 @@ class Intake:
     """Books, features and open batches of `instruments`, advanced message by message.
 
     `index`: the row of each Nautilus id in that table. `bulk`: read messages at once where :mod:`cift_strategies.layout` finds that it
-    can; the rows are the same, and every so often that is checked. `restamp`: see :class:`cift_strategies.translate.Translator`.
+    can; the rows are the same, and every so often that is checked. `restamp`: for a client that stamps `ts_init` at receipt and gives the
+    capture time as `ts_event` (Nautilus's of Databento): `ts_init` becomes the latter, moved as an import moves it, so that rows are those
+    of history.
     """
 
     def __init__(self, instruments: Sequence[Instrument], restamp: bool = False, bulk: bool = True) -> None:

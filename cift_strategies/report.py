@@ -9,6 +9,7 @@ look. The figures of all tables go to `statistics.json`, and in long form to `st
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -154,7 +155,8 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         for r in rows:
             loss, g = r["ensemble"].get("log_loss"), best.get(f"{r['instrument']} {r['horizon']}")
             base = number(loss + g.mean, 4) if g else DASH
-            interval = f"{number(g.low, 3, sign=True)} to {number(g.high, 3, sign=True)}" if g else DASH
+            known = g is not None and math.isfinite(g.low)  # too few labels have no interval
+            interval = f"{number(g.low, 3, sign=True)} to {number(g.high, 3, sign=True)}" if g and known else DASH
             t.add_row(str(r["instrument"]), str(r["horizon"]), number(loss, 4), base, interval, count(r.get("effective")))
         console.print(t)
     for r in s.get("rolls") or ():

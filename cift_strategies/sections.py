@@ -84,6 +84,7 @@ def verdict(done: Finished) -> tuple[str, list[str]]:
     left = done.left_out
     if left:
         lines.append(f"Left out: {'; '.join(left[:3])}{'; and more, see below' if len(left) > 3 else ''}.")
+    lines += [f"{note[0].upper()}{note[1:]}." for note in s.get("notes") or ()]
     if done.unsure:
         lines.append(f"Nothing is claimed where independent labels are too few: {len(done.unsure)} cases, named below.")
     return ("good" if shown and low > 0 else "bad" if high < 0 else ""), lines
@@ -228,6 +229,8 @@ def again(page: Page, done: Finished) -> None:
         ("feature vectors", count(s.get("feature_vectors"))),
         ("errors in callbacks", count(s.get("callback_errors"))),
     ]
+    if seen := s.get("trained_on"):
+        rows.append(("models trained on", f"{instant(seen['start'])} to {instant(seen['end'])} UTC"))
     live = bool(s.get("live"))
     script = "run_live.py" if live else "run_backtest.py"
     page.files["config.toml"] = toml({("schema" if k == "record_schema" else k): v for k, v in config.items() if k not in ("out", "state")})

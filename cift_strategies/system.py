@@ -69,7 +69,7 @@ class Part(Protocol):
 
 
 def assemble(terms: Terms, predictor: Predictor, strategy: str | None = None, restamp: bool = False) -> System:
-    """The system for `terms`: `predictor` answers each batch, `strategy` ("package.module:Class") replaces ours; `restamp`: see Translator.
+    """The system for `terms`: `predictor` answers each batch, `strategy` ("package.module:Class") replaces ours; `restamp`: see Intake.
 
     Raises InputError when there is no such class or it does not extend EnsembleStrategy.
     """
@@ -206,7 +206,7 @@ def _currencies(traded: Sequence[Instrument]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """A data or execution client of Nautilus's: its name, factory and configuration. `restamp`: see Translator."""
+    """A data or execution client of Nautilus's: its name, factory and configuration. `restamp`: see Intake."""
 
     name: str
     factory: Any

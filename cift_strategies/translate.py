@@ -1,7 +1,7 @@
 """Nautilus objects -> EVENT rows, bit-equal with what `catalog.events.read_catalog` reads of the same records.
 
-The one translator, for backtests and live alike. Each row is packed at once into a block of memory that is written once, so
-the views it hands out stay valid for as long as somebody holds them.
+The one translator, for backtests and live alike, by attributes. `intake.py` packs with it what it cannot read in one compiled call,
+and audits with it what it can.
 """
 
 from __future__ import annotations
@@ -15,19 +15,16 @@ from nautilus_trader.model import (
     FIXED_PRECISION,
     AggressorSide,
     BookAction,
-    InstrumentId,
     OrderBookDelta,
-    OrderBookDeltas,
     OrderSide,
     QuoteTick,
     TradeTick,
 )
 from numpy.typing import NDArray
 
-from catalog.events import ADD, CANCEL, CLEAR, EVENT, F_LAST, F_MBP, F_TOB, MODIFY, TRADE, Instrument, move
+from catalog.events import ADD, CANCEL, CLEAR, EVENT, F_LAST, F_MBP, F_TOB, MODIFY, TRADE
 
 UNIT: Final = 10 ** (FIXED_PRECISION - 9)  # raw units of Nautilus in one of EVENT
-ROWS: Final = 16_384  # of a block
 _ROW: Final = struct.Struct("<qqqqQQBbBH")
 _ACTION: Final = {BookAction.ADD: ADD, BookAction.UPDATE: MODIFY, BookAction.DELETE: CANCEL, BookAction.CLEAR: CLEAR}
 _SIDE: Final = {OrderSide.BUY: 1, OrderSide.SELL: -1, OrderSide.NO_ORDER_SIDE: 0, None: 0}
@@ -81,51 +78,3 @@ def audit(deltas: Sequence[OrderBookDelta], instrument: int, rows: NDArray[Any],
         again["ts_init"] = rows["ts_init"]
     if again.tobytes() != rows.tobytes():
         raise AssertionError("the memory of order book deltas does not say what their attributes say")
-
-
-class Translator:
-    """Translates the records of `instruments`; `index` maps their Nautilus ids to rows of that table.
-
-    `restamp`: for a client that stamps `ts_init` at receipt and gives the capture time as `ts_event` (Nautilus's of Databento):
-    `ts_init` becomes the latter, moved as an import moves it, so that rows are those of history.
-    """
-
-    def __init__(self, instruments: Sequence[Instrument], restamp: bool = False) -> None:
-        lowest = np.full(len(instruments), np.iinfo(np.int64).min)
-        self._stamps = (lowest, lowest.copy()) if restamp else None
-        self.index: dict[InstrumentId, int] = {InstrumentId.from_str(x.id): n for n, x in enumerate(instruments)}
-        self._renew(ROWS)
-
-    def _renew(self, rows: int) -> None:
-        self._block: NDArray[Any] = np.empty(rows, EVENT)
-        self._bytes = memoryview(self._block.view(np.uint8)).cast("B")
-        self._used = 0
-
-    def _room(self, n: int) -> tuple[memoryview, int]:
-        if self._used + n > len(self._block):
-            self._renew(max(ROWS, n))
-        self._used += n
-        return self._bytes, self._used - n
-
-    def _newest(self, n: int) -> NDArray[Any]:
-        rows = self._block[self._used - n : self._used]
-        if self._stamps is not None:
-            rows["ts_init"] = rows["ts_event"]
-            move(rows, *self._stamps)
-        return rows
-
-    def deltas(self, message: OrderBookDeltas) -> NDArray[Any]:
-        """EVENT (n,), one row per delta in the message's order; order id 0 sets F_MBP, as a level feed has no ids."""
-        found = message.deltas
-        pack(found, self.index[message.instrument_id], *self._room(len(found)))
-        return self._newest(len(found))
-
-    def trade(self, tick: TradeTick) -> NDArray[Any]:
-        """EVENT (1,): T with the aggressor's side; order id, sequence and flags are 0, which a TradeTick does not carry."""
-        pack_trade(tick, self.index[tick.instrument_id], *self._room(1))
-        return self._newest(1)
-
-    def quote(self, tick: QuoteTick) -> NDArray[Any]:
-        """EVENT (2,): the best bid, then the best ask with F_LAST; A with F_TOB, or C where the size is 0."""
-        pack_quote(tick, self.index[tick.instrument_id], *self._room(2))
-        return self._newest(2)

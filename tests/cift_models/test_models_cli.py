@@ -26,6 +26,11 @@ def run(*words) -> str:
     return got.stdout
 
 
+def test_help_shows_tables_by_name():
+    """Rich would take [train] for its markup."""
+    assert "TOML with [train], [ensemble]" in " ".join(run("train", "--help").split())
+
+
 @pytest.fixture(scope="module")
 def market(tmp_path_factory) -> Path:
     return quote_catalog(tmp_path_factory.mktemp("cli") / "quotes", updates=9_000, gap_ms=60.0)

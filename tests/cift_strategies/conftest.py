@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 
 SEED = 3
@@ -58,11 +59,23 @@ AT_PACE = {  # real processes that play a market at its pace: a busy machine can
 }  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m at_pace` is looked at
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test at a market's pace fails when it fails three times; each failure is told."""
     for item in items:
         if item.path.stem in AT_PACE:
+            item.add_marker(pytest.mark.at_pace)
             item.add_marker(pytest.mark.flaky(reruns=2))
+
+
+@pytest.hookimpl(trylast=True)  # after the fixtures' own ends
+def pytest_runtest_teardown() -> None:
+    processes.end()
+
+
+def pytest_sessionfinish() -> None:
+    """Ctrl-C leaves no turn for the above."""
+    processes.end()
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,11 @@ from tapes import MS, OPEN, SHARE, Tape, write
 
 from catalog.errors import InputError
 from catalog.events import SCALE, read_catalog
+from catalog.parquet import iso
+from cift_models import artifacts
 from cift_models.labels import Labeller
 from cift_models.windows import HORIZONS_NS
-from cift_strategies.backtest import RunConfig, estimate, plan, resolve, run, unfinished
+from cift_strategies.backtest import RunConfig, estimate, notes, plan, resolve, run, unfinished
 from cift_strategies.outcome import HORIZON_LABELS
 from cift_strategies.settings import Settings
 from cift_strategies.stream import PAUSE_NS, Span
@@ -26,6 +28,10 @@ KEYS = {
     "source", "instruments", "events", "events_streamed", "events_per_second", "wall_seconds", "feature_vectors", "predictions", "orders",
     "fills", "fees", "pnl_net", "max_drawdown", "decision_latency_ms", "scores", "data_quality", "callback_errors", "digest", "versions",
     "break_even_cost_ticks", "hit_rate", "baseline_rule",
+}  # fmt: skip
+
+MANIFEST = {
+    "features": [], "instruments": [SHARE.id], "horizons_ns": [1], "seed": 0, "members": {}, "latency": {"source": "x", "q": [], "ns": []},
 }  # fmt: skip
 
 
@@ -140,6 +146,42 @@ def test_the_digest_repeats_for_every_chunk_size(small: Small, tmp_path: Path, c
     assert again.rule is None and again.summary["baseline_rule"] is None
 
 
+def test_models_trade_nothing_that_they_have_seen(small: Small, summary: dict[str, Any], tmp_path: Path) -> None:
+    """Not even where trading is asked to start earlier; and what they have seen is told."""
+    seen = json.loads((small.artifact / "manifest.json").read_text())["range"]
+    assert summary["trained_on"] == {"start": seen["start"], "end": seen["end"]} and seen["end"] <= summary["split"]
+    middle = (seen["start"] + seen["end"]) // 2
+    again = run(RunConfig(catalog=small.catalog, out=tmp_path / "o", artifacts=small.artifact, start=middle, rule=False, strategy=EAGER))
+    assert min(again.traded.fills["ts"].cast("int64").to_pylist()) > seen["end"] and again.summary["fills"] > 0
+    told = f"the models were trained on {iso(seen['start'])} to {iso(seen['end'])}: trading begins after that"
+    assert again.summary["notes"].count(told) == 1
+    assert "trading begins after that." in (tmp_path / "o" / "report.html").read_text()
+    with pytest.raises(InputError, match="has nothing to trade after it: choose a later"):
+        run(RunConfig(catalog=small.catalog, out=tmp_path / "p", artifacts=small.artifact, end=seen["end"], rule=False))
+
+
+@pytest.mark.parametrize(("before_s", "shut_s", "again"), [(5, 3_600, False), (40, 3_600, True), (5, 60, True)])
+def test_a_session_is_not_streamed_again_for_its_last_seconds(tmp_path: Path, before_s: int, shut_s: int, again: bool) -> None:
+    """Models that have seen the first session but for its last seconds: it is streamed for its books only where it can be traded."""
+    first = Tape().book(0, 10_000, 10_001).quiet(5, 100_000, 10_000, 10_001)
+    opens = 100_000 + shut_s * 1_000
+    root = write(tmp_path / "c", [first.book(opens, 10_000, 10_001).quiet(opens + 5, opens + 50_000, 10_000, 10_001)])
+    seen = {"start": OPEN, "end": OPEN + (100 - before_s) * SCALE, "decisions": 1}
+    artifact = artifacts.write(tmp_path / "a", MANIFEST | {"range": seen}, lambda _: None).path
+    config = RunConfig(catalog=root, artifacts=artifact)
+    p = plan(config, resolve(config))
+    assert p.start == (OPEN if again else OPEN + opens * MS) and p.split >= seen["end"]
+    assert again == (p.split == seen["end"]) and p.split < OPEN + opens * MS
+
+
+def test_models_that_learnt_from_what_came_later_are_told(tmp_path: Path) -> None:
+    root = write(tmp_path / "c", [Tape().book(0, 10_000, 10_001).quiet(5, 100_000, 10_000, 10_001)])
+    later = {"start": OPEN + 200 * SCALE, "end": OPEN + 300 * SCALE, "decisions": 1}
+    config = RunConfig(catalog=root, artifacts=artifacts.write(tmp_path / "a", MANIFEST | {"range": later}, lambda _: None).path)
+    p = plan(config, resolve(config))
+    assert p.split < p.first == p.start and "nobody could have had them then" in notes(p)[-1]
+
+
 def test_a_slower_decision_is_another_run(small: Small, tmp_path: Path) -> None:
     slow = run(RunConfig(catalog=small.catalog, out=tmp_path / "o", artifacts=small.artifact, latency_ms=80.0, rule=False, strategy=EAGER))
     assert slow.digest != small.result.digest
@@ -192,7 +234,8 @@ def test_sessions_and_fees_may_be_told_beside_a_catalog(small: Small, tmp_path: 
         RunConfig(catalog=small.catalog, instruments=toml, out=tmp_path / "o", artifacts=small.artifact, rule=False, strategy=EAGER)
     )
     assert dear.summary["fills"] == 0 and dear.summary["decisions"]["move does not pay the costs"] > 0
-    assert not dear.summary["notes"] and small.result.summary["notes"]
+    free, told = (any(n.startswith("no fees are known") for n in s["notes"]) for s in (small.result.summary, dear.summary))
+    assert free and not told
     toml.write_text(text.replace("0.01", "0.02"))
     with pytest.raises(InputError, match="tick of"):
         run(RunConfig(catalog=small.catalog, instruments=toml, out=tmp_path / "p", artifacts=small.artifact))

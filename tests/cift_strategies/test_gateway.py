@@ -24,6 +24,7 @@ import zstandard
 from live_feed import listen, playing
 from nautilus_trader.common import DataActor, DataActorConfig
 from nautilus_trader.model import ActorId, BookType, ClientId, InstrumentId
+from processes import started
 
 from catalog.book import depth
 from catalog.dbn import MBO, Dbn
@@ -508,7 +509,7 @@ def test_historical_requests_are_answered_in_databentos_form(market: MarketFiles
 def test_as_a_process_it_says_where_it_is_and_ends_when_told(market: MarketFiles) -> None:
     command = [sys.executable, "-m", "cift_strategies.feeds.gateway", "--dbn", *map(str, market.mbo), "--speed", "0"]
     environment = {k: v for k, v in os.environ.items() if k != "DATABENTO_API_KEY"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+    process = started(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
     assert process.stdout is not None
     told = json.loads(process.stdout.readline())
     assert told["dataset"] == DATASET and told["symbols"] == ["KESTR", "MARLN"]

@@ -28,6 +28,7 @@ from nautilus_trader.model import (
 )
 from numba.core.dispatcher import Dispatcher
 from tapes import SHARE
+from translator import Translator
 
 import catalog
 import cift_models
@@ -38,7 +39,6 @@ from cift_models.windows import closes, new_batches
 from cift_strategies import intake
 from cift_strategies.intake import AUDIT, ROWS, Intake
 from cift_strategies.messages import FeatureVector
-from cift_strategies.translate import Translator
 
 ID = InstrumentId.from_str(SHARE.id)
 START = 1_700_000_000 * SCALE

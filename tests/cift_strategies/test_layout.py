@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nautilus_trader.model import BookAction, BookOrder, InstrumentId, OrderBookDelta, OrderBookDeltas, OrderSide, Price, Quantity
 from tapes import SHARE
+from translator import Translator
 
 from catalog.events import EVENT
 from cift_strategies import layout
-from cift_strategies.translate import UNIT, Translator
+from cift_strategies.translate import UNIT
 
 ID = InstrumentId.from_str(SHARE.id)
 LARGEST = 17_000_000_000  # of a price, in whole units

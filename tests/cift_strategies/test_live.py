@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import EAGER, Small
 from live_feed import statuses
+from processes import started
 
 from catalog.errors import InputError
 from catalog.events import SCALE, read_catalog
@@ -71,7 +72,7 @@ def started(config: Path, state: Path, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "run_live.py", "--config", str(config), "--state", str(state), *options]
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "CIFT_KILL": str(state / "kill")}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return started(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def rows(state: Path, query: str) -> list[tuple[Any, ...]]:

@@ -22,12 +22,12 @@ import trustme
 from nautilus_trader.model import BarType, BookType, InstrumentId
 from polygon_node import AAPL, BTC, MSFT, T0, Watcher, aside, live, quote, trade, until
 from polygon_server import KEY, Server
+from translator import Translator
 
 from catalog.book import depth
 from catalog.errors import InputError
 from catalog.polygon import Rest
 from cift_strategies.feeds import polygon
-from cift_strategies.translate import Translator
 
 ID = InstrumentId.from_str(AAPL.id)
 COIN = InstrumentId.from_str(BTC.id)

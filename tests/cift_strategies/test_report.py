@@ -25,6 +25,7 @@ from cift_strategies import report, sections
 from cift_strategies.backtest import RunConfig
 from cift_strategies.finished import Finished, instant
 from cift_strategies.outcome import RunResult, Traded
+from cift_strategies.page import DASH
 from cift_strategies.performance import (
     Costs,
     Fills,
@@ -594,6 +595,12 @@ def test_the_terminal_table_shows_the_summary(made: Any, capsys: pytest.CaptureF
     assert "better than every baseline: AAA.XNAS 500ms" in said
     report.print_summary({**s, "scores": {"table": [], "claims": []}, "baseline_rule": None})
     assert "No skill beyond the baseline is shown." in capsys.readouterr().out
+    unsure = json.loads(json.dumps(s["scores"]["table"][0]))
+    for g in unsure["gain"].values():
+        g["interval"] = [None, None]
+    report.print_summary({**s, "scores": {"table": [unsure]}})
+    said = next(line for line in capsys.readouterr().out.splitlines() if unsure["instrument"] in line)
+    assert " to " not in said and DASH in said
 
 
 def test_without_a_browser_the_picture_is_refused_in_one_line(

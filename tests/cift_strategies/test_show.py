@@ -16,6 +16,7 @@ import pytest
 from conftest import Small
 from nodes import GUARD_S, serving
 from playwright.sync_api import Browser
+from processes import started
 from test_dashboard import browser  # noqa: F401 - a fixture
 
 from catalog.errors import InputError
@@ -68,15 +69,15 @@ def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
 
 def test_it_is_served_until_it_is_ended_and_takes_no_command(small: Small) -> None:
     command = [sys.executable, str(ROOT / "run_backtest.py"), "--out", str(small.out), "--show", "--port", "0"]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        line = process.stderr.readline()
-        found = re.search(r"http://\S+?(?=;)", line)
-        assert found, line
-        with httpx.Client(base_url=found[0], timeout=GUARD_S) as http:
-            while http.get("/ready").status_code != 200:
-                pass
-            assert http.get("/api/v1/snapshot").json()["node"]["state"] == "finished"
-            assert http.post("/api/v1/kill").status_code == 401
-        process.send_signal(signal.SIGINT)
-        assert process.wait(GUARD_S) == 0
+    process = started(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    found = re.search(r"http://\S+?(?=;)", line)
+    assert found, line
+    with httpx.Client(base_url=found[0], timeout=GUARD_S) as http:
+        while http.get("/ready").status_code != 200:
+            pass
+        assert http.get("/api/v1/snapshot").json()["node"]["state"] == "finished"
+        assert http.post("/api/v1/kill").status_code == 401
+    process.send_signal(signal.SIGINT)
+    assert process.wait(GUARD_S) == 0

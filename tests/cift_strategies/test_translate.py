@@ -24,10 +24,11 @@ from nautilus_trader.model import (
     TradeTick,
 )
 from tapes import SHARE
+from translator import Translator
 
-from catalog.events import EVENT, F_LAST, F_MBP, F_TOB, SCALE, Instrument, read_catalog
+from catalog.events import F_LAST, F_MBP, F_TOB, SCALE, Instrument, read_catalog
 from cift_strategies.stream import Span
-from cift_strategies.translate import ROWS, UNIT, Translator
+from cift_strategies.translate import UNIT
 
 ID = InstrumentId.from_str(SHARE.id)
 U64 = st.integers(0, 2**64 - 1)
@@ -68,19 +69,6 @@ def test_a_quote_becomes_bid_then_ask_and_an_empty_side_is_taken_away() -> None:
     bid, ask = Translator([SHARE]).quote(quote)
     assert tuple(bid) == (11, 12, 100 * SCALE, 3 * SCALE, 0, 0, ord("A"), 1, F_TOB, 0)
     assert tuple(ask) == (11, 12, 100_020_000_000, 0, 0, 0, ord("C"), -1, F_TOB | F_LAST, 0)
-
-
-def test_rows_that_were_handed_out_are_never_written_again() -> None:
-    translator = Translator([SHARE])
-    ticks = (TradeTick(ID, Price(1, 2), Quantity(n + 1, 0), AggressorSide.BUY, TradeId("1"), n, n) for n in range(2 * ROWS + 3))
-    kept = [translator.trade(t) for t in ticks]
-    assert np.concatenate(kept)["size"].tolist() == [(n + 1) * SCALE for n in range(2 * ROWS + 3)]
-
-
-def test_a_message_larger_than_a_block_is_translated_whole() -> None:
-    one = delta(BookAction.ADD, OrderSide.BUY, SCALE, SCALE, 1, 0, 0, 3)
-    got = Translator([SHARE]).deltas(OrderBookDeltas(ID, [one] * (ROWS + 1)))
-    assert len(got) == ROWS + 1 and got.dtype == EVENT and (got["price"] == SCALE).all()
 
 
 def test_objects_and_files_of_the_binance_recording_agree(data: Path) -> None:
