@@ -156,7 +156,8 @@ def learn(even: Ensemble, weights: F64, got: Mapping[str, NDArray[Any]], split: 
     y, regime = classify(move, even.threshold[instrument]), np.where(got["regime"] < 0, R, got["regime"]).astype(np.int64)
     pool, apart = fit_pool(got["votes"], y, regime, ts, known_at, instrument, worth, instruments, R + 1)
     eta = learning_rates(ts, instrument, HORIZONS_NS)
-    proba, between = blend(ts, known_at, regime, y, got["proba"].astype(np.float64), apart, eta, even.config.share, R + 1)
+    mix, share = got["proba"].astype(np.float64), even.config.share
+    proba, between = blend(ts, known_at, regime, y, mix, apart, pool.rate[instrument], eta, share, R + 1)
     cover = even.config.least_cover
     confident = np.array([confidence_threshold(proba[:, h], move[:, h], got["spread"], cover) for h in range(H)])
     expected = expected_move(proba, got["magnitude"].astype(np.float64))

@@ -26,7 +26,7 @@ from cift_models.ensemble import (
 )  # fmt: skip
 from cift_models.hmm import POSITION
 from cift_models.labels import H, Outcomes
-from cift_models.pooling import Pool, pooled
+from cift_models.pooling import SHARP, Pool, pooled
 
 N = 5
 NONE = np.empty(0, np.int64)
@@ -126,28 +126,31 @@ def test_mixture_weights_and_regret_equal_a_naive_hedge(seed, eta):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_mixture_and_pool_are_blended_as_their_outcomes_ask_for(seed):
-    """In plain loops: two experts, Hedge with fixed share, each regime and horizon by itself."""
+    """In plain loops: three experts, Hedge with fixed share, each regime and horizon by itself."""
     votes, sizes, inst, regimes, arriving, rows = episode(seed)
     e, plain = ensemble(eta=0.4, share=0.01), ensemble(eta=0.4, share=0.01)
     e.pool = pool_of(seed)
     learned = e.new_state(64)
     proba = decide(e, learned, votes, sizes, regimes, inst, rows)[0]
     mix = decide(plain, plain.new_state(64), votes, sizes, regimes, inst, rows)[0]
-    told, w = np.full((len(votes), H, 3), np.nan), np.full((R + 1, H, 2), 0.5)
+    told, w = np.full((len(votes), H, 3), np.nan), np.full((R + 1, H, 3), 1 / 3)
     for c, h in itertools.product(range(len(votes)), range(H)):
         r = regimes[c] if regimes[c] >= 0 else R
         pooled(soft(votes[c, :, h]), e.pool.weight[r, h], e.pool.bias[h], e.pool.rate[inst[c], h], told[c, h])
+    rate = e.pool.rate[inst]
+    bold = rate * (told / rate) ** SHARP
+    bold /= bold.sum(axis=2, keepdims=True)
     arrived_mix = arriving_mixture(plain, votes, regimes, arriving)
     for c in range(len(votes)):
         for d, h, y in arriving[c]:
             r = regimes[d] if regimes[d] >= 0 else R
-            p = np.array([arrived_mix[d, h], told[d, h, y]])
+            p = np.array([arrived_mix[d, h], told[d, h, y], bold[d, h, y]])
             if np.isfinite(p).all():
                 moved = w[r, h] * p**0.4
-                w[r, h] = 0.99 * moved / moved.sum() + 0.01 / 2
+                w[r, h] = 0.99 * moved / moved.sum() + 0.01 / 3
         for h in range(H):
             b = w[regimes[c] if regimes[c] >= 0 else R, h]
-            assert np.allclose(proba[c, h], b[0] * mix[c, h] + b[1] * told[c, h], equal_nan=True)
+            assert np.allclose(proba[c, h], b[0] * mix[c, h] + b[1] * told[c, h] + b[2] * bold[c, h], equal_nan=True)
     assert not np.allclose(proba, mix, equal_nan=True)
 
 
@@ -361,7 +364,7 @@ def test_saved_and_loaded_unchanged(tmp_path):
     e.weights = np.random.default_rng(0).dirichlet(np.ones(N), (R + 1, H))
     e.save(tmp_path)
     assert Ensemble.load(tmp_path).pool is None
-    e.pool, e.between = pool_of(0), np.random.default_rng(1).dirichlet(np.ones(2), (R + 1, H))
+    e.pool, e.between = pool_of(0), np.random.default_rng(1).dirichlet(np.ones(3), (R + 1, H))
     e.save(tmp_path)
     again = Ensemble.load(tmp_path)
     assert again.names == e.names and again.config == e.config
