@@ -17,6 +17,7 @@ A member is any class with (no base class; see `fusion.py` and `hmm.py`):
     predict(block, state) -> windows.Votes             state advanced in place; the same numbers however the stream is cut into blocks
     save(folder), load(folder, names) -> member        files begin with its name; nothing is pickled
     regimes(state) -> (m, 5)                           optional: P(regime) at the closes predicted last
+    proven: (H,) bool                                  optional: where its votes showed skill; elsewhere it begins with hardly any weight
     seeded = False                                     optional: its fit depends on no seed, and is done once
     report() -> list[str]                              optional: what was learnt, in words, for `inspect`
     join(known)                                        optional: take alternative data (asof.Lookup of the trained instruments, or None)
@@ -55,6 +56,7 @@ MEMBERS: Final[Mapping[str, str]] = {
     "fusion": "cift_models.fusion:Fusion",
 }
 R: Final = len(REGIMES)
+UNPROVEN: Final = 0.01  # of an even share: what a member begins with where it says itself that its votes have shown nothing
 
 
 class Member(Protocol):
@@ -100,7 +102,7 @@ class Config:
 
     agree: float = 0.6
     tilt: float = 0.02  # a member sides with a direction when its probability leads the other's by this
-    share: float = 1e-4  # fixed share: how much of the awake members' weight is dealt out evenly at each update
+    share: float = 1e-3  # fixed share: how much of the awake members' weight is dealt out evenly for each independent label
     least_cover: float = 0.005  # the confidence threshold lets through this share of decisions or more
     stop: float = 1.0  # stop-loss distance, in expected |moves|
     kelly: float = 0.5  # share of the Kelly fraction
@@ -161,8 +163,8 @@ def _decide(  # type: ignore[no-untyped-def]
                 r = r_regime[k, s]
                 if r_mix[k, s, h, y] == r_mix[k, s, h, y]:
                     given[0] = _learn(
-                        r_votes[k, s, :, h], r, h, y, eta[h], share, weights[r, h], r_mix[k, s, h, y], loss, member_loss, awake_rounds,
-                        rounds,
+                        r_votes[k, s, :, h], r, h, y, eta[h], share * eta[h], weights[r, h], r_mix[k, s, h, y], loss, member_loss,
+                        awake_rounds, rounds,
                     )  # fmt: skip
                     given[1] = r_pool[k, s, h, y]
                     if given[0] == given[0] and given[1] == given[1]:
@@ -170,7 +172,7 @@ def _decide(  # type: ignore[no-untyped-def]
                         given[2] = sharp[y]
                         for b in range(len(BOTH)):
                             both_loss[r, h, 1 + b] -= np.log(given[b])
-                        both_loss[r, h, 0] += settle(between[r, h], given, eta[h], share)
+                        both_loss[r, h, 0] += settle(between[r, h], given, eta[h], share * eta[h])
             o += 1
         if c == len(closes):
             break
@@ -256,10 +258,14 @@ class Ensemble:
         self.needs = np.array([0] + [max(1, int(self.config.agree * k + 0.5)) for k in range(1, n + 1)], np.int64)
 
     @classmethod
-    def even(cls, names: Sequence[str], threshold: F64, eta: F64, config: Config | None = None) -> Self:
-        """Before anything was learnt: even weights, everything is confident enough."""
-        n = len(names)
-        return cls(names, threshold, np.full((R + 1, H, n), 1 / n), np.zeros(H), eta, config)
+    def even(cls, names: Sequence[str], threshold: F64, eta: F64, config: Config | None = None, members: Sequence[Any] = ()) -> Self:
+        """Before anything was learnt: even weights but for those of `members` that are not `proven`; everything is confident enough."""
+        first = np.ones((H, len(names)))
+        for member in members:
+            if (proven := getattr(member, "proven", None)) is not None:
+                first[~proven, list(names).index(member.name)] = UNPROVEN
+        first /= first.sum(axis=1, keepdims=True)
+        return cls(names, threshold, np.tile(first, (R + 1, 1, 1)), np.zeros(H), eta, config)
 
     def new_state(self, room: int = 1024) -> Learned:
         i, n, b = len(self.threshold), len(self.names), len(BOTH)
@@ -305,12 +311,12 @@ class Ensemble:
         """Cumulative log-loss regret of the mixture against every member, with its bound; nested lists over (regime, horizon, member).
 
         Over the n rounds in which member i was awake, in the order in which outcomes arrive, the mixture's loss exceeds i's by at most
-        (ln(1 / w_i) + n ln(1 / (1 - share))) / eta, w_i its weight in the artifact (Freund et al. 1997, th. 1, with eta <= 1 by
+        (ln(1 / w_i) + n ln(1 / (1 - eta share))) / eta, w_i its weight in the artifact (Freund et al. 1997, th. 1, with eta <= 1 by
         Jensen). Decisions are taken before their outcomes arrive, with older weights: `delay` is what that cost, and no bound covers it.
         `pool` tells the same of the second Hedge: regret of the ensemble against mixture, pool and sharper pool, (regime, horizon, 3).
         """
-        regret = learned.member_loss[..., 1] - learned.member_loss[..., 0]
-        bound = (-np.log(self.weights) - learned.awake * np.log1p(-self.config.share)) / self.eta[None, :, None]
+        regret, eta = learned.member_loss[..., 1] - learned.member_loss[..., 0], self.eta[None, :, None]
+        bound = (-np.log(self.weights) - learned.awake * np.log1p(-self.config.share * eta)) / eta
         delay = learned.loss[..., 1] - learned.loss[..., 0]
         return {
             "members": list(self.names), "regimes": [*REGIMES, "unknown"], "rounds": learned.rounds.tolist(),
@@ -319,11 +325,11 @@ class Ensemble:
         }  # fmt: skip
 
     def _both(self, learned: Learned) -> dict[str, Any]:
-        loss = learned.both_loss
-        start = -np.log(self.between) - learned.rounds[..., None] * np.log1p(-self.config.share)
+        loss, eta = learned.both_loss, self.eta[None, :, None]
+        start = -np.log(self.between) - learned.rounds[..., None] * np.log1p(-self.config.share * eta)
         return {
             "against": list(BOTH), "weight": learned.between.tolist(), "regret": (loss[..., :1] - loss[..., 1:]).tolist(),
-            "bound": (start / self.eta[None, :, None]).tolist(),
+            "bound": (start / eta).tolist(),
         }  # fmt: skip
 
     def save(self, folder: Path) -> None:

@@ -121,18 +121,22 @@ def class_rates(y: NDArray[np.int8], instrument: I64, instruments: int, worth: f
     return (own + RATES * all_ / all_.sum()) / (own.sum(axis=1, keepdims=True) + RATES)
 
 
-def fit_horizon(votes: F64, y: NDArray[np.int8], regime: I64, rate: F64, worth: float, regimes: int) -> tuple[F64, F64]:
+def fit_horizon(
+    votes: F64, y: NDArray[np.int8], regime: I64, rate: F64, worth: float, regimes: int, first: F64 | None = None
+) -> tuple[F64, F64]:
     """Weights (regimes, N) and constants (3,) of one horizon, by penalised likelihood: the most probable under the beliefs above.
 
     `votes` (n, N, 3) softened, NaN asleep; `y` (n,); `regime` (n,), the last one unknown; `rate` (n, 3). The n labels overlap: together
-    they count as `worth` independent ones. A member that is always asleep has weight 0.
+    they count as `worth` independent ones. A member that is always asleep has weight 0. `first` (N,): shares before any label, > 0;
+    None: even.
     """
     from scipy.optimize import minimize
 
     tilt = np.nan_to_num(np.log(votes) - np.log(rate)[:, None])
     n, members, _ = tilt.shape
     awake = np.isfinite(votes[:, :, 0]).any(axis=0)
-    even, scale, at = awake / max(1, int(awake.sum())), worth / max(1, n), np.arange(n)
+    even = awake * (np.ones(members) if first is None else first)
+    even, scale, at = even / (even.sum() or 1.0), worth / max(1, n), np.arange(n)
     base = np.log(rate)
 
     def loss(x: F64) -> tuple[float, F64]:
@@ -163,14 +167,16 @@ def soften(votes: NDArray[Any]) -> F64:
 
 def fit_pool(
     votes: NDArray[Any], y: NDArray[np.int8], regime: I64, ts: I64, known_at: I64, instrument: I64, worth: F64, instruments: int,
-    regimes: int,
+    regimes: int, first: F64 | None = None,
 ) -> tuple[Pool, F64]:  # fmt: skip
     """The pool of all decisions, and (n, H, 3) forecasts of each from a pool fitted on the other stretches of time.
 
-    `votes` (n, N, H, 3), NaN asleep; `y` (n, H), -1 no label; `regime` (n,) in 0..regimes - 1; `worth` (H,) independent labels. A label
-    that overlaps with one of a stretch, by `known_at` (n, H), teaches nothing about it.
+    `votes` (n, N, H, 3), NaN asleep; `y` (n, H), -1 no label; `regime` (n,) in 0..regimes - 1; `worth` (H,) independent labels;
+    `first` (H, N) as in :func:`fit_horizon`. A label that overlaps with one of a stretch, by `known_at` (n, H), teaches nothing
+    about it.
     """
     n, members, h_n, _ = votes.shape
+    shares = np.ones((h_n, members)) if first is None else first
     pool = Pool(np.zeros((regimes, h_n, members)), np.zeros((h_n, 3)), np.full((instruments, h_n, 3), 1 / 3))
     out = np.full((n, h_n, 3), np.nan)
     edges = ts[np.minimum(np.arange(STRETCHES + 1) * n // STRETCHES, n - 1)] if n else np.zeros(STRETCHES + 1, np.int64)
@@ -184,7 +190,7 @@ def fit_pool(
             share = worth[h] * len(rows) / max(1, known.sum())
             rate = class_rates(y[rows, h], instrument[rows], instruments, share)
             some = rows[:: max(1, -(-len(rows) // ROWS))]
-            weight, bias = fit_horizon(p[some], y[some, h], regime[some], rate[instrument[some]], share, regimes)
+            weight, bias = fit_horizon(p[some], y[some, h], regime[some], rate[instrument[some]], share, regimes, shares[h])
             if b:
                 mine = np.flatnonzero((ts >= a) & (ts < b))
                 told = np.empty((len(mine), 3))
@@ -201,7 +207,7 @@ def blend(
     """The forecasts of :data:`BOTH` along the stream: (n, H, 3) with the weights as they were then, and the last ones (R + 1, H, B).
 
     `mix`, `pool` and class rates `rate` (n, H, 3). Each outcome counts from the first decision at which it is known; all start with the
-    same weight.
+    same weight. `share` for an independent label.
     """
     n, h_n = y.shape
     weights, out = np.full((regimes, h_n, len(BOTH)), 1 / len(BOTH)), np.empty((n, h_n, 3))
@@ -209,6 +215,7 @@ def blend(
         order, w, told = np.argsort(known_at[:, h], kind="stable"), weights[:, h].copy(), np.empty((n, 3))
         held = [np.ascontiguousarray(a[:, h]) for a in (mix, pool, rate)]
         label = y[:, h].astype(np.int64)
-        _blend(ts, np.ascontiguousarray(known_at[:, h]), order, regime, label, *held, eta[h], share, w, told)
+        when, e = np.ascontiguousarray(known_at[:, h]), eta[h]
+        _blend(ts, when, order, regime, label, held[0], held[1], held[2], e, share * e, w, told)
         weights[:, h], out[:, h] = w, told
     return out, weights

@@ -77,7 +77,8 @@ def naive(e: Ensemble, votes, sizes, regimes, inst, arriving):
             scale = sum(new.values())
             for a in awake:
                 excess[r, h, a] += np.log(votes[d, a, h, y]) - np.log(mix)
-                w[r, h, a] = total * ((1 - e.config.share) * new[a] / scale + e.config.share / len(awake))
+                share = e.config.share * e.eta[h]  # dealt out for each independent label
+                w[r, h, a] = total * ((1 - share) * new[a] / scale + share / len(awake))
         if c == len(votes):
             return proba, magnitude, w, excess
         for h in range(H):
@@ -147,7 +148,7 @@ def test_mixture_and_pool_are_blended_as_their_outcomes_ask_for(seed):
             p = np.array([arrived_mix[d, h], told[d, h, y], bold[d, h, y]])
             if np.isfinite(p).all():
                 moved = w[r, h] * p**0.4
-                w[r, h] = 0.99 * moved / moved.sum() + 0.01 / 3
+                w[r, h] = (1 - 0.004) * moved / moved.sum() + 0.004 / 3
         for h in range(H):
             b = w[regimes[c] if regimes[c] >= 0 else R, h]
             assert np.allclose(proba[c, h], b[0] * mix[c, h] + b[1] * told[c, h] + b[2] * bold[c, h], equal_nan=True)
@@ -167,7 +168,8 @@ def arriving_mixture(e: Ensemble, votes, regimes, arriving):
             p, own = votes[d, awake, h, y], w[r, h, awake]
             out[d, h] = own @ p / own.sum()
             new = own * p ** e.eta[h]
-            w[r, h, awake] = own.sum() * ((1 - e.config.share) * new / new.sum() + e.config.share / awake.sum())
+            share = e.config.share * e.eta[h]
+            w[r, h, awake] = own.sum() * ((1 - share) * new / new.sum() + share / awake.sum())
     return out
 
 
@@ -201,6 +203,31 @@ def test_the_weight_goes_to_the_member_that_is_right_and_follows_when_that_chang
     decide(e, learned, votes[m // 2 :], np.ones((m // 2, 3, H)), np.zeros(m // 2, np.int64), np.zeros(m // 2, np.int64), second, 1024)
     assert (learned.weights[0, :, 1] > 0.95).all()
     assert np.allclose(learned.weights[1:], 1 / 3), "what was learnt in one regime says nothing of the others"
+
+
+@pytest.mark.parametrize("overlap", [1, 10])
+def test_labels_that_overlap_deal_out_as_much_weight_as_the_independent_ones_they_are_worth(overlap):
+    """Two members that say the same keep their lead but for the fixed share: as much of it for 60 labels as for 600 in tens."""
+    e, m = ensemble(2, eta=1 / overlap, share=0.01, instruments=1), 60 * overlap
+    e.weights[:] = [0.9, 0.1]
+    learned = e.new_state(1024)
+    rows = [(0, c, h, 3.0, (c + 1) * 10) for c in range(m) for h in range(H)]
+    same = np.full((m, 2, H, 3), 1 / 3)
+    decide(e, learned, same, np.ones((m, 2, H)), np.zeros(m, np.int64), np.zeros(m, np.int64), rows, 1024)
+    lead = learned.weights[0, :, 0] - learned.weights[0, :, 1]
+    assert np.allclose(lead, 0.8 * (1 - 0.01 / overlap) ** m) and lead == pytest.approx(0.8 * np.exp(-0.6), rel=0.005)
+
+
+def test_a_member_begins_with_hardly_any_weight_where_it_has_proven_nothing():
+    class Told:
+        name = "b"
+        proven = np.array([True, False, True, False])
+
+    e = Ensemble.even(("a", "b", "c"), np.ones((1, H)), np.ones(H), members=[Told()])
+    assert np.allclose(e.weights[:, ::2], 1 / 3) and np.allclose(e.weights[:, 1::2], np.array([1, 0.01, 1]) / 2.01)
+    Told.proven = np.zeros(H, np.bool_)
+    alone = Ensemble.even(("b",), np.ones((1, H)), np.ones(H), members=[Told()])
+    assert (alone.weights == 1).all(), "where nobody has, all are heard alike"
 
 
 def test_a_sleeping_member_neither_counts_nor_pays():

@@ -78,6 +78,8 @@ def test_without_labels_it_is_the_geometric_mean_and_of_one_awake_the_vote_itsel
     y = np.zeros(5, np.int8)
     weight, bias = fit_horizon(votes, y, y.astype(np.int64), np.full((5, 3), 1 / 3), 1e-9, R)
     assert np.allclose(weight, [0.5, 0, 0.5], atol=1e-4) and np.abs(bias).max() < 1e-4
+    told, _ = fit_horizon(votes, y, y.astype(np.int64), np.full((5, 3), 1 / 3), 1e-9, R, np.array([3.0, 1.0, 1.0]))
+    assert np.allclose(told, [0.75, 0, 0.25], atol=1e-4), "shares before any label are those given, of who is awake"
     out = np.empty(3)
     pooled(votes[0], weight[0], np.zeros(3), np.full(3, 1 / 3), out)
     want = np.sqrt(votes[0, 0] * votes[0, 2])
