@@ -337,8 +337,10 @@ class Hmm:
 
     def save(self, folder: Path) -> None:
         chain = self.chain._asdict()
-        votes = {"table": self.table, "size": self.size, "proven": self.proven}
-        np.savez(folder / "hmm.npz", tick=self.tick, centre=self.centre, scale=self.scale, **votes, **chain)
+        np.savez(
+            folder / "hmm.npz", tick=self.tick, centre=self.centre, scale=self.scale, table=self.table, size=self.size, proven=self.proven,
+            **chain,
+        )  # fmt: skip
 
     @classmethod
     def load(cls, folder: Path, names: Sequence[str]) -> Self:
