@@ -70,8 +70,8 @@ def _fold(k: int, n: int, fold: Mapping[str, Any]) -> Iterator[str]:
     seeds = fold["seeds"]
     yield f"  seeds {', '.join(str(s) for s in seeds['values'])}; kept {seeds['kept']}, the one in the middle"
     for what, losses in (("weight slice", seeds["log_loss"]), ("afterwards", seeds["log_loss_after"])):
-        for h, of in (losses or {}).items():
-            yield f"  log-loss {what} {h}: " + ", ".join(f"{name} {_spread(v)}" for name, v in of.items())
+        for h in (label for label in LABELS if label in (losses or {})):
+            yield f"  log-loss {what} {h}: " + ", ".join(f"{name} {_spread(v)}" for name, v in losses[h].items())
     for what in ("scores", "after"):
         if fold[what]:
             yield f"  {'on the weight slice, each decision before its outcome' if what == 'scores' else 'on what follows the fold'}:"

@@ -81,10 +81,10 @@ class Diagnostics:
         return out
 
     def _weights(self) -> dict[str, Any]:
-        """Over time, by horizon: weights of the members, `pool` that of the pool in the second Hedge, regret and its bound.
+        """Over time, by horizon: weights of the members, `pool` that of both pools in the second Hedge, regret and its bound.
 
         Weights (T, H, N) and pool (T, H) are means over regimes, each counted by its decisions until then; `regret` (T, H, N), `bound`
-        (T, H, N), and the same of mixture and pool as `pool_regret`, `pool_bound` (T, H, 2), are sums over regimes, in nats.
+        (T, H, N), and the same of mixture, pool and sharper pool as `pool_regret`, `pool_bound` (T, H, 3), are sums over regimes, in nats.
         """
         moments = [self._engine.ensemble.regret(w) | {"w": w} for _, w in self._moments]
         series: dict[str, list[Any]] = {k: [] for k in ("weights", "pool", "regret", "bound", "pool_regret", "pool_bound")}
@@ -95,7 +95,7 @@ class Diagnostics:
             share[:, even] = 1 / len(share)
             awake = m["w"].awake.sum(axis=0) > 0
             series["weights"].append(np.einsum("rh,rhn->hn", share, m["w"].weights).tolist())
-            series["pool"].append(np.einsum("rh,rh->h", share, m["w"].between[..., 1]).tolist())
+            series["pool"].append(np.einsum("rh,rh->h", share, m["w"].between[..., 1:].sum(axis=2)).tolist())
             series["regret"].append(np.asarray(m["regret"]).sum(axis=0).tolist())
             series["bound"].append(np.where(awake, np.asarray(m["bound"]).sum(axis=0), 0.0).tolist())
             for name in ("regret", "bound"):

@@ -3,8 +3,9 @@
 The only file that names all five members. Takes votes at decisions and outcomes as they become known, gives one forecast, a direction or
 an abstention, and a :class:`Recommendation`. Two forecasts are made of the votes: their mixture, whose weights are Hedge on the log-loss
 with fixed share (Herbster and Warmuth 1998) and sleeping experts (Freund, Schapire, Singer, Warmuth 1997), so that it stays close to the
-best member whatever comes, and a log-linear pool fitted on the past (`pooling.py`), which can be better than all of them. A second
-Hedge of the two is the ensemble. A member that has nothing to say neither counts nor pays. Whichever members are there take part; so does
+best member whatever comes, and a log-linear pool fitted on the past (`pooling.py`), which can be better than all of them. A third is that
+pool with bolder log-odds: each member is drawn towards class rates by how little it has seen, and together they are too careful. A second
+Hedge of the three is the ensemble. A member that has nothing to say neither counts nor pays. Whichever members are there take part; so does
 one of the user's own, named "package.module:Class".
 
 A member is any class with (no base class; see `fusion.py` and `hmm.py`):
@@ -16,6 +17,7 @@ A member is any class with (no base class; see `fusion.py` and `hmm.py`):
     predict(block, state) -> windows.Votes             state advanced in place; the same numbers however the stream is cut into blocks
     save(folder), load(folder, names) -> member        files begin with its name; nothing is pickled
     regimes(state) -> (m, 5)                           optional: P(regime) at the closes predicted last
+    proven: (H,) bool                                  optional: where its votes showed skill; elsewhere it begins with hardly any weight
     seeded = False                                     optional: its fit depends on no seed, and is done once
     report() -> list[str]                              optional: what was learnt, in words, for `inspect`
     join(known)                                        optional: take alternative data (asof.Lookup of the trained instruments, or None)
@@ -43,7 +45,7 @@ from catalog.errors import InputError
 from catalog.events import Instrument
 from cift_models.hmm import POSITION, REGIMES
 from cift_models.labels import F64, I8, I64, H, Outcomes, Study
-from cift_models.pooling import SOFT, Pool, pooled, settle
+from cift_models.pooling import BOTH, SOFT, Pool, blended, pooled, settle, sharpened
 from cift_models.windows import Block, Votes
 
 MEMBERS: Final[Mapping[str, str]] = {
@@ -54,6 +56,7 @@ MEMBERS: Final[Mapping[str, str]] = {
     "fusion": "cift_models.fusion:Fusion",
 }
 R: Final = len(REGIMES)
+UNPROVEN: Final = 0.01  # of an even share: what a member begins with where it says itself that its votes have shown nothing
 
 
 class Member(Protocol):
@@ -99,7 +102,7 @@ class Config:
 
     agree: float = 0.6
     tilt: float = 0.02  # a member sides with a direction when its probability leads the other's by this
-    share: float = 1e-4  # fixed share: how much of the awake members' weight is dealt out evenly at each update
+    share: float = 1e-3  # fixed share: how much of the awake members' weight is dealt out evenly for each independent label
     least_cover: float = 0.005  # the confidence threshold lets through this share of decisions or more
     stop: float = 1.0  # stop-loss distance, in expected |moves|
     kelly: float = 0.5  # share of the Kelly fraction
@@ -151,7 +154,7 @@ def _decide(  # type: ignore[no-untyped-def]
     r_votes, r_mix, r_pool, r_regime, r_ts, proba, magnitude, confidence, direction,
 ):  # fmt: skip
     """Outcomes and decisions of one block in the order of the stream. Shapes: votes (m, N, H, 3), weights (R + 1, H, N)."""
-    n, n_h, room, o, given = votes.shape[1], votes.shape[2], r_ts.shape[1], 0, np.empty(2)
+    n, n_h, room, o, given, sharp = votes.shape[1], votes.shape[2], r_ts.shape[1], 0, np.empty(len(BOTH)), np.empty(3)
     for c in range(len(closes) + 1):
         while o < len(o_at) and (c == len(closes) or o_at[o] <= closes[c]):
             k, h, s = o_inst[o], o_label[o], o_serial[o] % room
@@ -160,14 +163,16 @@ def _decide(  # type: ignore[no-untyped-def]
                 r = r_regime[k, s]
                 if r_mix[k, s, h, y] == r_mix[k, s, h, y]:
                     given[0] = _learn(
-                        r_votes[k, s, :, h], r, h, y, eta[h], share, weights[r, h], r_mix[k, s, h, y], loss, member_loss, awake_rounds,
-                        rounds,
+                        r_votes[k, s, :, h], r, h, y, eta[h], share * eta[h], weights[r, h], r_mix[k, s, h, y], loss, member_loss,
+                        awake_rounds, rounds,
                     )  # fmt: skip
                     given[1] = r_pool[k, s, h, y]
                     if given[0] == given[0] and given[1] == given[1]:
-                        for b in range(2):
+                        sharpened(r_pool[k, s, h], pool_rate[k, h], sharp)
+                        given[2] = sharp[y]
+                        for b in range(len(BOTH)):
                             both_loss[r, h, 1 + b] -= np.log(given[b])
-                        both_loss[r, h, 0] += settle(between[r, h], given, eta[h], share)
+                        both_loss[r, h, 0] += settle(between[r, h], given, eta[h], share * eta[h])
             o += 1
         if c == len(closes):
             break
@@ -199,9 +204,7 @@ def _decide(  # type: ignore[no-untyped-def]
             if len(pool_rate) > 0:
                 pooled(votes[c, :, h], pool_weight[r, h], pool_bias[h], pool_rate[k, h], r_pool[k, s, h])
                 if r_pool[k, s, h, 0] == r_pool[k, s, h, 0] and proba[c, h, 0] == proba[c, h, 0]:
-                    b = between[r, h, 1] / (between[r, h, 0] + between[r, h, 1])
-                    for y in range(3):
-                        proba[c, h, y] = (1 - b) * proba[c, h, y] + b * r_pool[k, s, h, y]
+                    blended(between[r, h], r_mix[k, s, h], r_pool[k, s, h], pool_rate[k, h], sharp, proba[c, h])
             if proba[c, h, 0] != proba[c, h, 0]:
                 confidence[c, h] = np.nan
                 continue
@@ -220,8 +223,8 @@ def _decide(  # type: ignore[no-untyped-def]
 class Learned:
     """What the ensemble carries along a stream: weights (R + 1, H, N), the last row for an unknown regime, and the account of its losses.
 
-    `between` (R + 1, H, 2): weights of the mixture and the pool. `loss` (R + 1, H, 2): of the mixture with the weights at the time the
-    outcome arrives, and with those at the decision. `both_loss` (R + 1, H, 3): of the two together, the mixture, the pool, where both
+    `between` (R + 1, H, B): weights of the forecasts in :data:`pooling.BOTH`. `loss` (R + 1, H, 2): of the mixture with the weights at the
+    time the outcome arrives, and with those at the decision. `both_loss` (R + 1, H, 1 + B): of all of these together and of each, where all
     were there. `member_loss` (R + 1, H, N, 2): of each member over the rounds in which it was awake, and of the mixture over the same.
     """
 
@@ -240,7 +243,7 @@ class Ensemble:
     """Fitted part: `threshold` (I, H) ticks, `weights` (R + 1, H, N), `confident` (H,) least confidence, `eta` (H,) learning rates <= 1.
 
     `trust` (H,) in [0, 1] scales the expected |move| by how much of the expected signed move has come true (:func:`trust_in`). `pool`:
-    None before it is fitted; `between` (R + 1, H, 2) the weights of mixture and pool.
+    None before it is fitted; `between` (R + 1, H, B) the weights of the forecasts in :data:`pooling.BOTH`.
     """
 
     def __init__(
@@ -248,22 +251,26 @@ class Ensemble:
         trust: F64 | None = None, pool: Pool | None = None, between: F64 | None = None,
     ) -> None:  # fmt: skip
         self.names, self.config, self.pool = tuple(names), config or Config(), pool
-        self.between = np.full((R + 1, H, 2), 0.5) if between is None else between
+        self.between = np.full((R + 1, H, len(BOTH)), 1 / len(BOTH)) if between is None else between
         self.trust = np.ones(H) if trust is None else trust
         self.threshold, self.weights, self.confident, self.eta = threshold, weights, confident, eta
         n = len(self.names)
         self.needs = np.array([0] + [max(1, int(self.config.agree * k + 0.5)) for k in range(1, n + 1)], np.int64)
 
     @classmethod
-    def even(cls, names: Sequence[str], threshold: F64, eta: F64, config: Config | None = None) -> Self:
-        """Before anything was learnt: even weights, everything is confident enough."""
-        n = len(names)
-        return cls(names, threshold, np.full((R + 1, H, n), 1 / n), np.zeros(H), eta, config)
+    def even(cls, names: Sequence[str], threshold: F64, eta: F64, config: Config | None = None, members: Sequence[Any] = ()) -> Self:
+        """Before anything was learnt: even weights but for those of `members` that are not `proven`; everything is confident enough."""
+        first = np.ones((H, len(names)))
+        for member in members:
+            if (proven := getattr(member, "proven", None)) is not None:
+                first[~proven, list(names).index(member.name)] = UNPROVEN
+        first /= first.sum(axis=1, keepdims=True)
+        return cls(names, threshold, np.tile(first, (R + 1, 1, 1)), np.zeros(H), eta, config)
 
     def new_state(self, room: int = 1024) -> Learned:
-        i, n = len(self.threshold), len(self.names)
+        i, n, b = len(self.threshold), len(self.names), len(BOTH)
         return Learned(
-            self.weights.copy(), self.between.copy(), np.zeros((R + 1, H, 2)), np.zeros((R + 1, H, 3)), np.zeros((R + 1, H, n, 2)),
+            self.weights.copy(), self.between.copy(), np.zeros((R + 1, H, 2)), np.zeros((R + 1, H, 1 + b)), np.zeros((R + 1, H, n, 2)),
             np.zeros((R + 1, H, n), np.int64), np.zeros((R + 1, H), np.int64), np.zeros(i, np.int64), self._ring(room),
         )  # fmt: skip
 
@@ -304,12 +311,12 @@ class Ensemble:
         """Cumulative log-loss regret of the mixture against every member, with its bound; nested lists over (regime, horizon, member).
 
         Over the n rounds in which member i was awake, in the order in which outcomes arrive, the mixture's loss exceeds i's by at most
-        (ln(1 / w_i) + n ln(1 / (1 - share))) / eta, w_i its weight in the artifact (Freund et al. 1997, th. 1, with eta <= 1 by
+        (ln(1 / w_i) + n ln(1 / (1 - eta share))) / eta, w_i its weight in the artifact (Freund et al. 1997, th. 1, with eta <= 1 by
         Jensen). Decisions are taken before their outcomes arrive, with older weights: `delay` is what that cost, and no bound covers it.
-        `pool` tells the same of the second Hedge: regret of the ensemble against mixture and pool, (regime, horizon, 2).
+        `pool` tells the same of the second Hedge: regret of the ensemble against mixture, pool and sharper pool, (regime, horizon, 3).
         """
-        regret = learned.member_loss[..., 1] - learned.member_loss[..., 0]
-        bound = (-np.log(self.weights) - learned.awake * np.log1p(-self.config.share)) / self.eta[None, :, None]
+        regret, eta = learned.member_loss[..., 1] - learned.member_loss[..., 0], self.eta[None, :, None]
+        bound = (-np.log(self.weights) - learned.awake * np.log1p(-self.config.share * eta)) / eta
         delay = learned.loss[..., 1] - learned.loss[..., 0]
         return {
             "members": list(self.names), "regimes": [*REGIMES, "unknown"], "rounds": learned.rounds.tolist(),
@@ -318,11 +325,11 @@ class Ensemble:
         }  # fmt: skip
 
     def _both(self, learned: Learned) -> dict[str, Any]:
-        loss = learned.both_loss
-        start = -np.log(self.between) - learned.rounds[..., None] * np.log1p(-self.config.share)
+        loss, eta = learned.both_loss, self.eta[None, :, None]
+        start = -np.log(self.between) - learned.rounds[..., None] * np.log1p(-self.config.share * eta)
         return {
-            "against": ["mixture", "pool"], "weight": learned.between.tolist(), "regret": (loss[..., :1] - loss[..., 1:]).tolist(),
-            "bound": (start / self.eta[None, :, None]).tolist(),
+            "against": list(BOTH), "weight": learned.between.tolist(), "regret": (loss[..., :1] - loss[..., 1:]).tolist(),
+            "bound": (start / eta).tolist(),
         }  # fmt: skip
 
     def save(self, folder: Path) -> None:

@@ -324,7 +324,8 @@ def fit_process(
     t, kind = np.asarray(t, np.int64), np.asarray(kind)
     if len(t) < config.min_events:
         what = f"{len(t):,} events of {', '.join(config.types)}, at least {config.min_events} are needed"
-        raise InputError(f"hawkes: {what}: take a longer range")
+        mend = "take a longer range" if len(t) else "quotes alone hold none, take trades or an order book"
+        raise InputError(f"hawkes: {what}: {mend}")
     whole = observe(t, kind, D, B, config.gap_s, start, end, holes)
     seconds = whole.exposure.sum()
     live = np.flatnonzero(whole.scored >= config.min_type_events)

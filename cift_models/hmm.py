@@ -22,11 +22,13 @@ from catalog.events import SCALE, Instrument
 from cift_models.hmm_chain import CLIP, MEASURES, Chain, D, K, by_regime, filter_all, fit_chain, step
 from cift_models.hmm_chain import REGIMES as REGIMES
 from cift_models.hmm_chain import Config as Config
-from cift_models.labels import F64, I64, H, Study
-from cift_models.windows import Block, Votes
+from cift_models.labels import F64, I64, LABELS, H, Study
+from cift_models.significance import mean_test
+from cift_models.windows import HORIZONS_NS, Block, Votes
 
 POSITION: Final = (1.0, 1.0, 1.0, 0.5, 0.0)  # share of the full position in each regime
 MAX_SECONDS: Final = 24_000  # latest so many seconds, over all instruments, are learnt from
+EVIDENCE: Final = 1.0  # standard errors that votes have to gain over class rates on the calibration slice to be called proven
 LONGEST_SILENCE: Final = 60  # seconds without an event that are filtered as such; after a longer one the regime is forgotten
 _TREND, _VOL = 1 - 2 ** (-1 / 10), 1 - 2 ** (-1 / 5)  # half-lives of 10 s and 5 s
 
@@ -183,13 +185,20 @@ class State(NamedTuple):
 
 
 class Hmm:
-    """The member. `centre`, `scale` (I, D) standardise the measures; `table` (I, K, H, 3) is P(class | regime), `size` (I, K, H) ticks."""
+    """The member. `centre`, `scale` (I, D) standardise the measures; `table` (I, K, H, 3) is P(class | regime), `size` (I, K, H) ticks.
+
+    `proven` (H,): where votes learnt of the fit slice alone beat its class rates on the calibration slice.
+    """
 
     name = "hmm"
 
-    def __init__(self, names: Sequence[str], tick: F64, chain: Chain, centre: F64, scale: F64, table: F64, size: F64) -> None:
+    def __init__(
+        self, names: Sequence[str], tick: F64, chain: Chain, centre: F64, scale: F64, table: F64, size: F64,
+        proven: NDArray[np.bool_] | None = None,
+    ) -> None:  # fmt: skip
         self._mid, self._spread = list(names).index("mid"), list(names).index("spread")
         self.tick, self.chain, self.centre, self.scale, self.table, self.size = tick, chain, centre, scale, table, size
+        self.proven = np.zeros(H, np.bool_) if proven is None else proven
 
     @staticmethod
     def gatherer(instruments: Sequence[Instrument], names: Sequence[str]) -> Measures:
@@ -229,8 +238,16 @@ class Hmm:
         return me
 
     def _fit_votes(self, study: Study, gathered: Measures, config: Config, before: F64 | None) -> None:
+        seen = self._seen(study, gathered)
+        for h in study.usable:
+            fit, later = (rows[np.isfinite(seen[rows, 0])] for rows in (study.fit_rows(h), study.calibration_rows(h)))
+            self.proven[h] = self._tells(study, seen, fit, later, h, config)
+            self.table[:, :, h], self.size[:, :, h] = self._rates(study, seen, np.concatenate([fit, later]), h, config, before)
+
+    def _seen(self, study: Study, gathered: Measures) -> F64:
+        """(n, K) P(regime) at each decision of the table as `predict` would tell it, NaN before a first second has ended."""
         x, inst, end = gathered.seconds(study.split.weigh)
-        table = study.table
+        table, out = study.table, np.full((len(study.table.ts), K), np.nan)
         for k in range(len(self.tick)):
             mine = inst == k
             if not mine.any():
@@ -239,26 +256,45 @@ class Hmm:
             states = np.empty((len(z), len(self.chain.start)))
             for a, b in itertools.pairwise([0, *_breaks(ends), len(z)]):  # a long silence forgets the regime, here as in `predict`
                 filter_all(z[a:b], *self.chain, states[a:b])
-            seen = by_regime(states)
-            for h in study.usable:
-                y = study.classes(h)
-                rows = np.concatenate([r[table.instrument[r] == k] for r in (study.fit_rows(h), study.calibration_rows(h))])
-                at = np.searchsorted(ends, table.ts[rows], side="right") - 1
-                known = (at >= 0) & (ends[at] == table.ts[rows] // SCALE * SCALE)  # not those before a first second has ended
-                rows, at = rows[known], at[known]
-                if not len(rows):
-                    continue
-                # overlapping labels count as the independent ones that they are worth
-                worth = study.independent(rows, h) / len(rows)
-                rates = np.bincount(y[rows], minlength=3) / len(rows)
-                rates = (rates + 0.01) / 1.03
-                moved = np.abs(table.move[rows, h])
-                for r in range(K):
-                    w = worth * seen[at, r]
-                    total = w.sum() + config.pseudo
-                    belief = rates if before is None or np.isnan(before[k, r, h, 0]) else before[k, r, h]
-                    self.table[k, r, h] = (np.bincount(y[rows], weights=w, minlength=3) + config.pseudo * belief) / total
-                    self.size[k, r, h] = (w @ moved + config.pseudo * moved.mean()) / total
+            rows = np.flatnonzero(table.instrument == k)
+            at = np.searchsorted(ends, table.ts[rows], side="right") - 1
+            known = (at >= 0) & (ends[at] == table.ts[rows] // SCALE * SCALE)
+            out[rows[known]] = by_regime(states)[at[known]]
+        return out
+
+    def _rates(self, study: Study, seen: F64, rows: I64, h: int, config: Config, before: F64 | None) -> tuple[F64, F64]:
+        """P(class | regime) (I, K, 3) and mean |move| (I, K) in ticks of the decisions `rows`; NaN for an instrument that has none."""
+        table, y_all = study.table, study.classes(h)
+        p, size = np.full((len(self.tick), K, 3), np.nan), np.full((len(self.tick), K), np.nan)
+        for k in range(len(self.tick)):
+            mine = rows[table.instrument[rows] == k]
+            if not len(mine):
+                continue
+            # overlapping labels count as the independent ones that they are worth
+            y, worth = y_all[mine], study.independent(mine, h) / len(mine)
+            rates = np.bincount(y, minlength=3) / len(mine)
+            rates = (rates + 0.01) / 1.03
+            moved = np.abs(table.move[mine, h])
+            for r in range(K):
+                w = worth * seen[mine, r]
+                total = w.sum() + config.pseudo
+                belief = rates if before is None or np.isnan(before[k, r, h, 0]) else before[k, r, h]
+                p[k, r] = (np.bincount(y, weights=w, minlength=3) + config.pseudo * belief) / total
+                size[k, r] = (w @ moved + config.pseudo * moved.mean()) / total
+        return p, size
+
+    def _tells(self, study: Study, seen: F64, fit: I64, later: I64, h: int, config: Config) -> bool:
+        """Do votes learnt of the fit slice alone beat its class rates on the calibration slice, by one standard error or more?
+
+        Where they repeat class rates, or are too few to tell, an even share of the ensemble would be taken from those that know something.
+        """
+        k, y = study.table.instrument[later], study.classes(h)[later]
+        regimes, _ = self._rates(study, seen, fit, h, config, None)
+        plain, _ = self._rates(study, np.full_like(seen, 1 / K), fit, h, config, None)
+        told = (seen[later, None] @ regimes[k])[:, 0]
+        ok = np.isfinite(told[:, 0])
+        d = np.log(told[ok, y[ok]] / plain[k[ok], 0, y[ok]])
+        return mean_test(d, study.table.ts[later][ok], HORIZONS_NS[h]).t > EVIDENCE
 
     def new_state(self) -> State:
         n = len(self.tick)
@@ -291,17 +327,26 @@ class Hmm:
             means = self.chain.mean[own].mean(axis=0)
             stays = float(self.chain.moves[own, own].sum(axis=1).mean())
             lines.append(f"{name}: " + ", ".join(f"{m} {v:+.2f}" for m, v in zip(MEASURES, means)) + f"; stays {stays:.3f}")
+        voted, proven = np.isfinite(self.table).any(axis=(0, 1, 3)), self.proven
+        told = {what: ", ".join(LABELS[h] for h in np.flatnonzero(voted & mask)) for what, mask in (("yes", proven), ("no", ~proven))}
+        if told["yes"]:
+            lines.append(f"votes at {told['yes']}, where they beat class rates on the calibration slice")
+        if told["no"]:
+            lines.append(f"begins with next to no weight at {told['no']}: there its votes did not beat class rates, or too few labels tell")
         return lines
 
     def save(self, folder: Path) -> None:
         chain = self.chain._asdict()
-        np.savez(folder / "hmm.npz", tick=self.tick, centre=self.centre, scale=self.scale, table=self.table, size=self.size, **chain)
+        np.savez(
+            folder / "hmm.npz", tick=self.tick, centre=self.centre, scale=self.scale, table=self.table, size=self.size, proven=self.proven,
+            **chain,
+        )  # fmt: skip
 
     @classmethod
     def load(cls, folder: Path, names: Sequence[str]) -> Self:
         with np.load(folder / "hmm.npz", allow_pickle=False) as z:
             chain = Chain(z["start"], z["moves"], z["mean"], z["var"])
-            return cls(names, z["tick"], chain, z["centre"], z["scale"], z["table"], z["size"])
+            return cls(names, z["tick"], chain, z["centre"], z["scale"], z["table"], z["size"], z["proven"])
 
 
 @njit(cache=True, nogil=True)

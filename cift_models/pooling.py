@@ -23,6 +23,8 @@ ROWS: Final = 40_000  # decisions of a horizon that a pool is fitted on
 EVEN: Final = 5.0
 ALIKE: Final = 30.0
 PLAIN: Final = 30.0
+SHARP: Final = 1.5  # by how much a pool of careful members, each drawn towards class rates, is made bolder as a forecast of its own
+BOTH: Final = ("mixture", "pool", "sharper pool")  # the forecasts between which the second Hedge chooses
 RATES: Final = 100.0  # of class rates, in independent labels: an instrument's are those of all, and those even
 
 
@@ -55,6 +57,17 @@ def pooled(votes, weight, bias, rate, out):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
+def sharpened(p, rate, out):  # type: ignore[no-untyped-def]
+    """A pool's forecast p (3,) with :data:`SHARP` times its log-odds against the class rates (3,), into `out` (3,); NaN stays NaN."""
+    total = 0.0
+    for y in range(3):
+        out[y] = rate[y] * (p[y] / rate[y]) ** SHARP
+        total += out[y]
+    for y in range(3):
+        out[y] /= total
+
+
+@njit(cache=True, nogil=True)
 def pooled_all(votes, regime, instrument, weight, bias, rate, out):  # type: ignore[no-untyped-def]
     """:func:`pooled` of one horizon's decisions: votes (n, N, 3), weight (R + 1, N), rate (I, 3), out (n, 3)."""
     for i in range(len(votes)):
@@ -63,31 +76,42 @@ def pooled_all(votes, regime, instrument, weight, bias, rate, out):  # type: ign
 
 @njit(cache=True, nogil=True)
 def settle(w, p, eta, share):  # type: ignore[no-untyped-def]
-    """One Hedge update with fixed share (Herbster and Warmuth 1998) of the weights w (2,) of mixture and pool, which gave what happened
-    the probabilities p (2,); returns the loss of both together."""
-    total, both = w[0] + w[1], 0.0
-    mean = (w[0] * p[0] + w[1] * p[1]) / total
-    for a in range(2):
+    """One Hedge update with fixed share (Herbster and Warmuth 1998) of the weights w (B,) of the forecasts in :data:`BOTH`, which gave
+    what happened the probabilities p (B,); returns the loss of all together."""
+    total, mean, after = 0.0, 0.0, 0.0
+    for a in range(len(w)):
+        total += w[a]
+        mean += w[a] * p[a]
         w[a] *= p[a] ** eta
-        both += w[a]
-    for a in range(2):
-        w[a] = (1 - share) * w[a] / both + share / 2
-    return -np.log(mean)
+        after += w[a]
+    for a in range(len(w)):
+        w[a] = (1 - share) * w[a] / after + share / len(w)
+    return -np.log(mean / total)
 
 
 @njit(cache=True, nogil=True)
-def _blend(ts, known_at, order, regime, y, mix, pool, eta, share, w, out):  # type: ignore[no-untyped-def]
-    p, o = np.empty(2), 0
+def blended(w, mix, pool, rate, sharp, out):  # type: ignore[no-untyped-def]
+    """The forecasts of :data:`BOTH` with their weights w (B,), into `out` (3,); `sharp` (3,) gets the sharper pool."""
+    sharpened(pool, rate, sharp)
+    for y in range(3):
+        out[y] = (w[0] * mix[y] + w[1] * pool[y] + w[2] * sharp[y]) / (w[0] + w[1] + w[2])
+
+
+@njit(cache=True, nogil=True)
+def _blend(ts, known_at, order, regime, y, mix, pool, rate, eta, share, w, out):  # type: ignore[no-untyped-def]
+    p, sharp, o = np.empty(len(BOTH)), np.empty(3), 0
     for c in range(len(ts)):
         while o < len(order) and known_at[order[o]] <= ts[c]:
             i = order[o]
             if y[i] >= 0 and mix[i, 0] == mix[i, 0] and pool[i, 0] == pool[i, 0]:
-                p[0], p[1] = mix[i, y[i]], pool[i, y[i]]
+                sharpened(pool[i], rate[i], sharp)
+                p[0], p[1], p[2] = mix[i, y[i]], pool[i, y[i]], sharp[y[i]]
                 settle(w[regime[i]], p, eta, share)
             o += 1
-        b = w[regime[c]]
-        for k in range(3):
-            out[c, k] = (b[0] * mix[c, k] + b[1] * pool[c, k]) / (b[0] + b[1]) if pool[c, k] == pool[c, k] else mix[c, k]
+        if pool[c, 0] == pool[c, 0]:
+            blended(w[regime[c]], mix[c], pool[c], rate[c], sharp, out[c])
+        else:
+            out[c] = mix[c]
 
 
 def class_rates(y: NDArray[np.int8], instrument: I64, instruments: int, worth: float) -> F64:
@@ -97,18 +121,22 @@ def class_rates(y: NDArray[np.int8], instrument: I64, instruments: int, worth: f
     return (own + RATES * all_ / all_.sum()) / (own.sum(axis=1, keepdims=True) + RATES)
 
 
-def fit_horizon(votes: F64, y: NDArray[np.int8], regime: I64, rate: F64, worth: float, regimes: int) -> tuple[F64, F64]:
+def fit_horizon(
+    votes: F64, y: NDArray[np.int8], regime: I64, rate: F64, worth: float, regimes: int, first: F64 | None = None
+) -> tuple[F64, F64]:
     """Weights (regimes, N) and constants (3,) of one horizon, by penalised likelihood: the most probable under the beliefs above.
 
     `votes` (n, N, 3) softened, NaN asleep; `y` (n,); `regime` (n,), the last one unknown; `rate` (n, 3). The n labels overlap: together
-    they count as `worth` independent ones. A member that is always asleep has weight 0.
+    they count as `worth` independent ones. A member that is always asleep has weight 0. `first` (N,): shares before any label, > 0;
+    None: even.
     """
     from scipy.optimize import minimize
 
     tilt = np.nan_to_num(np.log(votes) - np.log(rate)[:, None])
     n, members, _ = tilt.shape
     awake = np.isfinite(votes[:, :, 0]).any(axis=0)
-    even, scale, at = awake / max(1, int(awake.sum())), worth / max(1, n), np.arange(n)
+    even = awake * (np.ones(members) if first is None else first)
+    even, scale, at = even / (even.sum() or 1.0), worth / max(1, n), np.arange(n)
     base = np.log(rate)
 
     def loss(x: F64) -> tuple[float, F64]:
@@ -139,14 +167,16 @@ def soften(votes: NDArray[Any]) -> F64:
 
 def fit_pool(
     votes: NDArray[Any], y: NDArray[np.int8], regime: I64, ts: I64, known_at: I64, instrument: I64, worth: F64, instruments: int,
-    regimes: int,
+    regimes: int, first: F64 | None = None,
 ) -> tuple[Pool, F64]:  # fmt: skip
     """The pool of all decisions, and (n, H, 3) forecasts of each from a pool fitted on the other stretches of time.
 
-    `votes` (n, N, H, 3), NaN asleep; `y` (n, H), -1 no label; `regime` (n,) in 0..regimes - 1; `worth` (H,) independent labels. A label
-    that overlaps with one of a stretch, by `known_at` (n, H), teaches nothing about it.
+    `votes` (n, N, H, 3), NaN asleep; `y` (n, H), -1 no label; `regime` (n,) in 0..regimes - 1; `worth` (H,) independent labels;
+    `first` (H, N) as in :func:`fit_horizon`. A label that overlaps with one of a stretch, by `known_at` (n, H), teaches nothing
+    about it.
     """
     n, members, h_n, _ = votes.shape
+    shares = np.ones((h_n, members)) if first is None else first
     pool = Pool(np.zeros((regimes, h_n, members)), np.zeros((h_n, 3)), np.full((instruments, h_n, 3), 1 / 3))
     out = np.full((n, h_n, 3), np.nan)
     edges = ts[np.minimum(np.arange(STRETCHES + 1) * n // STRETCHES, n - 1)] if n else np.zeros(STRETCHES + 1, np.int64)
@@ -160,7 +190,7 @@ def fit_pool(
             share = worth[h] * len(rows) / max(1, known.sum())
             rate = class_rates(y[rows, h], instrument[rows], instruments, share)
             some = rows[:: max(1, -(-len(rows) // ROWS))]
-            weight, bias = fit_horizon(p[some], y[some, h], regime[some], rate[instrument[some]], share, regimes)
+            weight, bias = fit_horizon(p[some], y[some, h], regime[some], rate[instrument[some]], share, regimes, shares[h])
             if b:
                 mine = np.flatnonzero((ts >= a) & (ts < b))
                 told = np.empty((len(mine), 3))
@@ -172,18 +202,20 @@ def fit_pool(
 
 
 def blend(
-    ts: I64, known_at: I64, regime: I64, y: NDArray[np.int8], mix: F64, pool: F64, eta: F64, share: float, regimes: int
+    ts: I64, known_at: I64, regime: I64, y: NDArray[np.int8], mix: F64, pool: F64, rate: F64, eta: F64, share: float, regimes: int
 ) -> tuple[F64, F64]:
-    """Mixture and pool together, along the stream: forecasts (n, H, 3) with the weights as they were then, and the last ones (R + 1, H, 2).
+    """The forecasts of :data:`BOTH` along the stream: (n, H, 3) with the weights as they were then, and the last ones (R + 1, H, B).
 
-    Each outcome counts from the first decision at which it is known; both start with half of the weight.
+    `mix`, `pool` and class rates `rate` (n, H, 3). Each outcome counts from the first decision at which it is known; all start with the
+    same weight. `share` for an independent label.
     """
     n, h_n = y.shape
-    weights, out = np.full((regimes, h_n, 2), 0.5), np.empty((n, h_n, 3))
+    weights, out = np.full((regimes, h_n, len(BOTH)), 1 / len(BOTH)), np.empty((n, h_n, 3))
     for h in range(h_n):
         order, w, told = np.argsort(known_at[:, h], kind="stable"), weights[:, h].copy(), np.empty((n, 3))
-        held = [np.ascontiguousarray(a[:, h]) for a in (mix, pool)]
+        held = [np.ascontiguousarray(a[:, h]) for a in (mix, pool, rate)]
         label = y[:, h].astype(np.int64)
-        _blend(ts, np.ascontiguousarray(known_at[:, h]), order, regime, label, held[0], held[1], eta[h], share, w, told)
+        when, e = np.ascontiguousarray(known_at[:, h]), eta[h]
+        _blend(ts, when, order, regime, label, held[0], held[1], held[2], e, share * e, w, told)
         weights[:, h], out[:, h] = w, told
     return out, weights

@@ -87,7 +87,8 @@ def retrain(
         )
     since = max(since if since is not None else trained + 1, start or 0)
     chosen = dict(m["members"])
-    given = {name: {**m["settings"].get(name, {}), **tables.get(name, {})} for name in {*m["settings"], *tables}}
+    before = {name: told for name, told in m["settings"].items() if name in {"train", "ensemble", *chosen}}  # not of members left out
+    given = {name: {**before.get(name, {}), **tables.get(name, {})} for name in {*before, *tables}}
     train = settings.checked(TrainConfig, {**given.pop("train"), "folds": 1}, "[train]")
     mixing = settings.checked(EnsembleConfig, given.pop("ensemble"), "[ensemble]")
     source = catalog_source(catalog, ids, start, end)

@@ -26,8 +26,12 @@ def lines(scores: Mapping[str, Any]) -> Iterator[str]:
         yield from _row(r)
     for c in scores.get("calibration", ()):
         ece, chance, p, debiased = (figure(c[k], n) for k, n in (("ece", 4), ("expected", 4), ("p", 2), ("debiased", 4)))
-        yield f"{'all instruments':<22}{c['horizon']:<9}{c['model']:<18}ECE {ece}, {chance} by chance (p {p}), debiased {debiased}"
+        told = f"{chance} by chance (p {p}), debiased {debiased}" if chance != "-" else "too few labels to tell it from chance"
+        yield f"{'all instruments':<22}{c['horizon']:<9}{c['model']:<18}ECE {ece}, {told}"
     if any(r.get("gain") for r in scores["table"]):
+        if not any(r["verdict"] == "sufficient" for r in scores["table"]):
+            yield "nothing is claimed: no instrument has 100 independent labels at any horizon"
+            return
         for kind, rivals in (("claims", "baseline"), ("member_claims", "member")):
             shown = [c.partition(":")[0] for c in scores.get(kind, ())]
             yield f"beats every {rivals}: " + (", ".join(shown) if shown else "nowhere, by Holm-adjusted tests")
@@ -35,6 +39,10 @@ def lines(scores: Mapping[str, Any]) -> Iterator[str]:
 
 def _row(r: Mapping[str, Any]) -> Iterator[str]:
     e = r.get("ensemble")
+    if not r["n"]:
+        ends = f"{r['forecasts']:,} decisions, none with an outcome: the data end before {r['horizon']} are over"
+        yield f"{r['instrument']} {r['horizon']}: {ends if r.get('forecasts') else 'no forecast'}"
+        return
     share = f"; {r['pays']:.1%} of the moves pay for the spread" if e else ""
     yield f"{r['instrument']} {r['horizon']}: {r['n']:,} decisions, {r['effective']:,} independent labels, {r['verdict']}{share}"
     if not e or r["verdict"] != "sufficient":

@@ -22,7 +22,7 @@ from cift_models import artifacts
 from cift_models.inference import Engine
 from cift_models.labels import F64, I8, I64, LABELS, H, Split, classify
 from cift_models.significance import ALPHA, holm, mean_test
-from cift_models.validate import block_bootstrap, log_loss
+from cift_models.validate import block_bootstrap, log_loss, some_outcome
 from cift_models.weigh import Weighed, weigh
 from cift_models.windows import HORIZONS_NS
 
@@ -56,8 +56,9 @@ def ablate(
         ensemble.config, np.iinfo(np.int64).max, (), altdata,
     )  # fmt: skip
     whole = runs[0]
-    if whole.after is None or not len(whole.after["ts"]):
-        raise InputError(f"no decision in {root} after the training range of {found.path}: choose a later --end or other data")
+    nothing = {"ts": np.empty(0, np.int64)}
+    some_outcome(whole.after or nothing, found, root)
+    assert whole.after is not None
     place = [m["instruments"].index(i.id) for i in instruments]
     threshold = ensemble.threshold[place]
     out: dict[str, Any] = {"decisions": len(whole.after["ts"]), "ensemble": {}, "members": {}}
@@ -207,6 +208,10 @@ def verdicts(found: Mapping[str, Any]) -> Iterator[str]:
         rows = {h: row for h, row in told.items() if h != "cover"}
         costs = [h for h, r in rows.items() if "cost" in r and r["cost"]["mean"] > 0 and r["cost"]["p_holm"] < ALPHA]
         hurts = [h for h, r in rows.items() if "cost" in r and r["cost"]["mean"] < 0 and 1 - r["cost"]["p"] < ALPHA]
+        p = [r[kind]["p"] for r in rows.values() for kind in ("cost", "gain") if kind in r]
+        if p and not np.isfinite(p).any():
+            yield f"{name}: votes in {told['cover']:.0%} of the batches; too few labels to test what it adds: choose a later --end"
+            continue
         beaten = [h for h, r in rows.items() if "gain" in r and r["gain"]["mean"] > 0 and r["gain"]["p_holm"] < ALPHA]
         yield (
             f"{name}: votes in {told['cover']:.0%} of the batches{'' if told['cover'] >= 0.5 else ' (less than half)'}; without it the "

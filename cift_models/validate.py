@@ -127,10 +127,11 @@ def evaluate(
 ) -> dict[str, Any]:  # fmt: skip
     """The table of scores, JSON-able. `threshold` (I, H) ticks; `sample` from :meth:`Sample.finish`; `members` name its votes' columns.
 
-    Each row of `table` has instrument, horizon, n, `effective` labels, `verdict` ("insufficient" below 100), `pays` (share of moves
-    beyond the spread), `ensemble`, `members`, `baselines` (scores each; members over the decisions they voted in, with their `cover`),
-    `decided` (the decisions with a direction: cover, hit rate, mean signed move less spread, ticks), and `gain` of the ensemble over
-    each baseline in log-loss with its interval. All models are compared on the decisions that have a prediction.
+    Each row of `table` has instrument, horizon, n, `forecasts` (decisions with one, also those whose outcome is not known), `effective`
+    labels, `verdict` ("insufficient" below 100), `pays` (share of moves beyond the spread), `ensemble`, `members`, `baselines` (scores
+    each; members over the decisions they voted in, with their `cover`), `decided` (the decisions with a direction: cover, hit rate, mean
+    signed move less spread, ticks), and `gain` of the ensemble over each baseline in log-loss with its interval. All models are compared
+    on the decisions that have a prediction.
 
     With `baselines` also the tests of :mod:`cift_models.significance`: `gain` over baselines and `member_gain` over members carry t,
     p (one-sided) and `p_holm` of each, adjusted over all rows of the table with enough labels; `mcs` is the model confidence set on the
@@ -146,6 +147,7 @@ def evaluate(
             proba = sample["proba"][mine, h].astype(np.float64)
             ok = (y_all >= 0) & np.isfinite(proba).all(axis=1)
             row: dict[str, Any] = {"instrument": id_, "horizon": LABELS[h], "n": int(ok.sum())}
+            row["forecasts"] = int(np.isfinite(proba).all(axis=1).sum())
             row["effective"] = effective(ts_all[ok], known[ok])
             row["verdict"] = "sufficient" if row["effective"] >= ENOUGH else "insufficient"
             table.append(row)
@@ -278,11 +280,22 @@ def score_catalog(
             sample.push(block, engine.predict(block))
             steps.advance(len(block.events))
     got = sample.finish()
-    if not len(got["ts"]):
-        raise InputError(f"no decision in {root} after the training range of {found.path}: choose a later --end or other data")
+    some_outcome(got, found, root)
     trained = [found.manifest["instruments"].index(i.id) for i in instruments]
     scores = evaluate(got, engine.ensemble.threshold[trained], [i.id for i in instruments], engine.members, baselines.only(trained), seed)
     return {**scores, "model_version": engine.model_version, "failures": engine.failures}
+
+
+def some_outcome(sample: Mapping[str, NDArray[Any]], found: artifacts.Artifact, root: str | Path) -> None:
+    """Raises InputError where no decision of `sample` has an outcome at a horizon that `found` was trained for."""
+    if not len(sample["ts"]):
+        raise InputError(f"no decision in {root} after the training range of {found.path}: choose a later --end or other data")
+    horizons = [h for h in range(H) if LABELS[h] in found.manifest["horizons_trained"]]
+    if not np.isfinite(sample["move"][:, horizons]).any():
+        raise InputError(
+            f"{len(sample['ts']):,} decisions in {root} after the training range of {found.path}, and the data end before any of them has "
+            f"an outcome ({LABELS[horizons[0]]} at the least): choose a later --end or other data"
+        )
 
 
 # --- splits ---------------------------------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ class Shared:
 
     def __init__(self, member: Member) -> None:
         self.member, self.name = member, member.name
+        self.proven = getattr(member, "proven", None)
         self._rows: NDArray[np.float64] | None = None
         self._state = member.new_state()
         if hasattr(member, "regimes"):
@@ -109,7 +110,7 @@ class _Run:
         self, instruments: Sequence[Instrument], ids: Sequence[str], names: Sequence[str], members: Sequence[Any], split: Split,
         threshold: F64, eta: F64, config: Config | None, columns: Sequence[str], altdata: AltData | None,
     ) -> None:  # fmt: skip
-        self.even = Ensemble.even(roster([m.name for m in members]), threshold, eta, config)
+        self.even = Ensemble.even(roster([m.name for m in members]), threshold, eta, config, members)
         self.engine = Engine(instruments, ids, names, members, self.even, learn_from=split.weigh)
         if altdata is not None:
             self.engine.tell(altdata)
@@ -154,9 +155,10 @@ def learn(even: Ensemble, weights: F64, got: Mapping[str, NDArray[Any]], split: 
             mine = np.flatnonzero(np.isfinite(move[:, h]) & (instrument == k))
             worth[h] += effective(ts[mine], known_at[mine, h])
     y, regime = classify(move, even.threshold[instrument]), np.where(got["regime"] < 0, R, got["regime"]).astype(np.int64)
-    pool, apart = fit_pool(got["votes"], y, regime, ts, known_at, instrument, worth, instruments, R + 1)
+    pool, apart = fit_pool(got["votes"], y, regime, ts, known_at, instrument, worth, instruments, R + 1, even.weights[0])
     eta = learning_rates(ts, instrument, HORIZONS_NS)
-    proba, between = blend(ts, known_at, regime, y, got["proba"].astype(np.float64), apart, eta, even.config.share, R + 1)
+    mix, share = got["proba"].astype(np.float64), even.config.share
+    proba, between = blend(ts, known_at, regime, y, mix, apart, pool.rate[instrument], eta, share, R + 1)
     cover = even.config.least_cover
     confident = np.array([confidence_threshold(proba[:, h], move[:, h], got["spread"], cover) for h in range(H)])
     expected = expected_move(proba, got["magnitude"].astype(np.float64))

@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from cift_models.pooling import BOTH
 from cift_strategies import charts, forecasts, model_charts
 from cift_strategies.finished import HORIZONS, Finished
 from cift_strategies.page import DASH, Page, count, number, percent, probability, real, side_by_side, small, table, words
@@ -186,19 +187,19 @@ def _over_time(page: Page, done: Finished, horizons: list[str]) -> str:
     for j, h in enumerate(horizons):
         total = np.maximum(weights[:, j, there].sum(axis=1), 1e-300)
         w = {str(told["members"][a]): weights[:, j, a] / total for a in there}
-        r = {str(told["members"][a]): regret[:, j, a] for a in there} | {"mixture": both[:, j, 0], "pool": both[:, j, 1]}
-        b = {str(told["members"][a]): bound[:, j, a] for a in there} | {"mixture": limit[:, j, 0], "pool": limit[:, j, 1]}
+        r = {str(told["members"][a]): regret[:, j, a] for a in there} | {name: both[:, j, b] for b, name in enumerate(BOTH)}
+        b = {str(told["members"][a]): bound[:, j, a] for a in there} | {name: limit[:, j, b] for b, name in enumerate(BOTH)}
         label = f"weights over time, {h}"
         left = model_charts.over_time_figure(ts, w | {"pool, in the ensemble": pool[:, j]}, "weight", range=[-0.02, 1.02])
-        right = model_charts.over_time_figure(ts, r, "regret (nats)", {k: v for k, v in b.items() if k in ("mixture", "pool")})
+        right = model_charts.over_time_figure(ts, r, "regret (nats)", {k: v for k, v in b.items() if k in BOTH})
         panels[h] = side_by_side(page.figure(left, label, "No weights."), page.figure(right, f"regret over time, {h}", "No regret."))
     note = "Left: weights among the members that are there, mean over regimes, and the weight of the log-linear pool beside their mixture. "
-    note += "Right: regret against each; the dotted lines are the bounds of the second Hedge, between mixture and pool."
+    note += "Right: regret against each; the dotted lines are the bounds of the second Hedge, of mixture, pool and sharper pool."
     return f"<h3>Over time</h3><p class=note>{note}</p>" + page.choice("over", "horizon", panels)
 
 
 def _pool(e: Mapping[str, Any], horizons: list[str]) -> str:
-    """Regret of the ensemble against its mixture and its pool, with the bound."""
+    """Regret of the ensemble against its mixture and its pools, with the bound."""
     told = e.get("pool") or {}
     if not told:
         return ""
@@ -208,7 +209,7 @@ def _pool(e: Mapping[str, Any], horizons: list[str]) -> str:
         for k, a in enumerate(told["against"]):
             within = "yes" if regret[j, k] <= bound[j, k] + 1e-9 else "no"
             rows.append((h, a, number(regret[j, k], 2, "nats", sign=True), number(bound[j, k], 2, "nats"), within))
-    return "<h3>The ensemble against its mixture and its pool</h3>" + table(
+    return "<h3>The ensemble against its mixture and its pools</h3>" + table(
         ["horizon", "against", "regret", "bound", "within"], rows, kind="fit"
     )
 

@@ -26,7 +26,7 @@ from cift_models.ensemble import (
 )  # fmt: skip
 from cift_models.hmm import POSITION
 from cift_models.labels import H, Outcomes
-from cift_models.pooling import Pool, pooled
+from cift_models.pooling import SHARP, Pool, pooled
 
 N = 5
 NONE = np.empty(0, np.int64)
@@ -77,7 +77,8 @@ def naive(e: Ensemble, votes, sizes, regimes, inst, arriving):
             scale = sum(new.values())
             for a in awake:
                 excess[r, h, a] += np.log(votes[d, a, h, y]) - np.log(mix)
-                w[r, h, a] = total * ((1 - e.config.share) * new[a] / scale + e.config.share / len(awake))
+                share = e.config.share * e.eta[h]  # dealt out for each independent label
+                w[r, h, a] = total * ((1 - share) * new[a] / scale + share / len(awake))
         if c == len(votes):
             return proba, magnitude, w, excess
         for h in range(H):
@@ -126,28 +127,31 @@ def test_mixture_weights_and_regret_equal_a_naive_hedge(seed, eta):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_mixture_and_pool_are_blended_as_their_outcomes_ask_for(seed):
-    """In plain loops: two experts, Hedge with fixed share, each regime and horizon by itself."""
+    """In plain loops: three experts, Hedge with fixed share, each regime and horizon by itself."""
     votes, sizes, inst, regimes, arriving, rows = episode(seed)
     e, plain = ensemble(eta=0.4, share=0.01), ensemble(eta=0.4, share=0.01)
     e.pool = pool_of(seed)
     learned = e.new_state(64)
     proba = decide(e, learned, votes, sizes, regimes, inst, rows)[0]
     mix = decide(plain, plain.new_state(64), votes, sizes, regimes, inst, rows)[0]
-    told, w = np.full((len(votes), H, 3), np.nan), np.full((R + 1, H, 2), 0.5)
+    told, w = np.full((len(votes), H, 3), np.nan), np.full((R + 1, H, 3), 1 / 3)
     for c, h in itertools.product(range(len(votes)), range(H)):
         r = regimes[c] if regimes[c] >= 0 else R
         pooled(soft(votes[c, :, h]), e.pool.weight[r, h], e.pool.bias[h], e.pool.rate[inst[c], h], told[c, h])
+    rate = e.pool.rate[inst]
+    bold = rate * (told / rate) ** SHARP
+    bold /= bold.sum(axis=2, keepdims=True)
     arrived_mix = arriving_mixture(plain, votes, regimes, arriving)
     for c in range(len(votes)):
         for d, h, y in arriving[c]:
             r = regimes[d] if regimes[d] >= 0 else R
-            p = np.array([arrived_mix[d, h], told[d, h, y]])
+            p = np.array([arrived_mix[d, h], told[d, h, y], bold[d, h, y]])
             if np.isfinite(p).all():
                 moved = w[r, h] * p**0.4
-                w[r, h] = 0.99 * moved / moved.sum() + 0.01 / 2
+                w[r, h] = (1 - 0.004) * moved / moved.sum() + 0.004 / 3
         for h in range(H):
             b = w[regimes[c] if regimes[c] >= 0 else R, h]
-            assert np.allclose(proba[c, h], b[0] * mix[c, h] + b[1] * told[c, h], equal_nan=True)
+            assert np.allclose(proba[c, h], b[0] * mix[c, h] + b[1] * told[c, h] + b[2] * bold[c, h], equal_nan=True)
     assert not np.allclose(proba, mix, equal_nan=True)
 
 
@@ -164,7 +168,8 @@ def arriving_mixture(e: Ensemble, votes, regimes, arriving):
             p, own = votes[d, awake, h, y], w[r, h, awake]
             out[d, h] = own @ p / own.sum()
             new = own * p ** e.eta[h]
-            w[r, h, awake] = own.sum() * ((1 - e.config.share) * new / new.sum() + e.config.share / awake.sum())
+            share = e.config.share * e.eta[h]
+            w[r, h, awake] = own.sum() * ((1 - share) * new / new.sum() + share / awake.sum())
     return out
 
 
@@ -198,6 +203,31 @@ def test_the_weight_goes_to_the_member_that_is_right_and_follows_when_that_chang
     decide(e, learned, votes[m // 2 :], np.ones((m // 2, 3, H)), np.zeros(m // 2, np.int64), np.zeros(m // 2, np.int64), second, 1024)
     assert (learned.weights[0, :, 1] > 0.95).all()
     assert np.allclose(learned.weights[1:], 1 / 3), "what was learnt in one regime says nothing of the others"
+
+
+@pytest.mark.parametrize("overlap", [1, 10])
+def test_labels_that_overlap_deal_out_as_much_weight_as_the_independent_ones_they_are_worth(overlap):
+    """Two members that say the same keep their lead but for the fixed share: as much of it for 60 labels as for 600 in tens."""
+    e, m = ensemble(2, eta=1 / overlap, share=0.01, instruments=1), 60 * overlap
+    e.weights[:] = [0.9, 0.1]
+    learned = e.new_state(1024)
+    rows = [(0, c, h, 3.0, (c + 1) * 10) for c in range(m) for h in range(H)]
+    same = np.full((m, 2, H, 3), 1 / 3)
+    decide(e, learned, same, np.ones((m, 2, H)), np.zeros(m, np.int64), np.zeros(m, np.int64), rows, 1024)
+    lead = learned.weights[0, :, 0] - learned.weights[0, :, 1]
+    assert np.allclose(lead, 0.8 * (1 - 0.01 / overlap) ** m) and lead == pytest.approx(0.8 * np.exp(-0.6), rel=0.005)
+
+
+def test_a_member_begins_with_hardly_any_weight_where_it_has_proven_nothing():
+    class Told:
+        name = "b"
+        proven = np.array([True, False, True, False])
+
+    e = Ensemble.even(("a", "b", "c"), np.ones((1, H)), np.ones(H), members=[Told()])
+    assert np.allclose(e.weights[:, ::2], 1 / 3) and np.allclose(e.weights[:, 1::2], np.array([1, 0.01, 1]) / 2.01)
+    Told.proven = np.zeros(H, np.bool_)
+    alone = Ensemble.even(("b",), np.ones((1, H)), np.ones(H), members=[Told()])
+    assert (alone.weights == 1).all(), "where nobody has, all are heard alike"
 
 
 def test_a_sleeping_member_neither_counts_nor_pays():
@@ -361,7 +391,7 @@ def test_saved_and_loaded_unchanged(tmp_path):
     e.weights = np.random.default_rng(0).dirichlet(np.ones(N), (R + 1, H))
     e.save(tmp_path)
     assert Ensemble.load(tmp_path).pool is None
-    e.pool, e.between = pool_of(0), np.random.default_rng(1).dirichlet(np.ones(2), (R + 1, H))
+    e.pool, e.between = pool_of(0), np.random.default_rng(1).dirichlet(np.ones(3), (R + 1, H))
     e.save(tmp_path)
     again = Ensemble.load(tmp_path)
     assert again.names == e.names and again.config == e.config

@@ -318,9 +318,24 @@ def test_the_votes_are_fitted_to_the_regimes_that_predict_sees(trained):
         assert np.allclose(hmm.table[k, :, h], weighed / (worth * seen[rows].sum(axis=0)[:, None] + config.pseudo), atol=1e-12)
 
 
+def test_votes_are_proven_where_they_beat_class_rates_on_later_decisions_and_nowhere_else(trained):
+    """Agitation tells which moves pass the threshold; with outcomes drawn anew, or with too few of them, nothing is shown."""
+    hmm, block, _, study = trained
+    assert hmm.proven[:3].all() and "votes at 500ms, 1s, 5s" in "\n".join(hmm.report())
+    gathered = Hmm.gatherer(INSTRUMENTS, NAMES)
+    gathered.push(block)
+    anew = np.random.default_rng(5).permutation(study.table.move)
+    chance = Hmm.fit(study._replace(table=study.table._replace(move=anew)), gathered)
+    assert chance.proven.sum() <= 1 and np.isfinite(chance.table[:, :, :2]).all(), "it votes all the same"
+    few = study.split._replace(weigh=study.split.calibrate + 8 * SCALE)
+    young = Hmm.fit(study._replace(split=few), gathered)
+    assert not young.proven.any() and "begins with next to no weight at 500ms" in young.report()[-1]
+
+
 def test_saved_and_loaded_unchanged(trained, tmp_path):
     hmm, block, _, _ = trained
     hmm.save(tmp_path)
+    assert np.array_equal(Hmm.load(tmp_path, NAMES).proven, hmm.proven)
     for a, b in zip(predictions(hmm, block), predictions(Hmm.load(tmp_path, NAMES), block)):
         assert np.array_equal(a, b, equal_nan=True)
 

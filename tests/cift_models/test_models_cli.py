@@ -108,6 +108,45 @@ def test_too_little_data_and_one_instrument_are_told_as_a_user_reads_it(market, 
     assert str(told.value).endswith("a cross-asset graph needs two instruments, there is one: it abstains; name more to have it vote")
 
 
+def test_what_ends_before_any_outcome_is_refused_and_what_ends_before_some_says_which(market, trained):
+    """The data end 0.4 s and 3 s after what was trained on: labels of 500 ms, and of 5 s, run past the end."""
+    end = artifacts.read(trained).manifest["range"]["end"]
+    there = "--catalog", market, "--artifacts", trained, "--end"
+    for command in ("evaluate", "ablate"):
+        with pytest.raises(InputError) as told:
+            run(command, *there, end + 400_000_000)
+        said = f" decisions in {market} after the training range of {trained}, and the data end before any of them has an outcome"
+        assert re.fullmatch(r"\d+" + re.escape(said) + r" \(500ms at the least\): choose a later --end or other data", str(told.value))
+    text, scores = (run("evaluate", *there, end + 3 * SCALE, *more) for more in ((), ("--json",)))
+    for row in json.loads(scores)["table"]:
+        line = next(x for x in text.splitlines() if x.startswith(f"{row['instrument']} {row['horizon']}: "))
+        if row["horizon"] == "5s":
+            assert line.endswith(f"{row['forecasts']} decisions, none with an outcome: the data end before 5s are over") and not row["n"]
+        elif row["horizon"] == "30s":
+            assert line.endswith("30s: no forecast") and not row["forecasts"]
+        else:
+            assert 0 < row["n"] < row["forecasts"] and line.endswith("of the moves pay for the spread")
+    assert text.splitlines()[-1] == "nothing is claimed: no instrument has 100 independent labels at any horizon"
+    assert "- by chance" not in text and "too few labels to tell it from chance" in text
+    assert run("ablate", *there, end + 3 * SCALE).count("too few labels to test what it adds: choose a later --end") == 2
+
+
+def test_sessions_shorter_than_a_horizon_leave_it_out(tmp_path):
+    """Three sessions of 24 s: no label of 30 s ends within one, and none runs on into the next."""
+    catalog, out = quote_catalog(tmp_path / "short", updates=8_000, gap_ms=3.0, then=(1.0, 1.0)), tmp_path / "a"
+    how = tmp_path / "how.toml"
+    how.write_text("[fusion]\nrounds = 5\nthreads = 1\n")
+    end = START + 2 * 86_400 * SCALE - 1
+    got = CliRunner().invoke(
+        app, ["train", "--catalog", str(catalog), "--end", str(end), "--only", "fusion", "--folds", "1", "--seeds", "1",
+              "--config", str(how), "--out", str(out)], catch_exceptions=False,
+    )  # fmt: skip
+    assert got.exit_code == 0 and re.search(r"left out: horizon 30s: \d independent labels in the fit slice, 30 are needed", got.stderr)
+    assert artifacts.read(out).manifest["horizons_trained"] == ["500ms", "1s"]
+    text = run("evaluate", "--catalog", catalog, "--artifacts", out)
+    assert text.count(" 5s: no forecast\n") == text.count(" 30s: no forecast\n") == 2 and "500ms: 1," in text
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -7,7 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cift_models.pooling import RATES, Pool, blend, class_rates, fit_horizon, fit_pool, pooled, pooled_all, settle, soften
+from cift_models.pooling import (
+    BOTH,
+    RATES,
+    SHARP,
+    Pool,
+    blend,
+    class_rates,
+    fit_horizon,
+    fit_pool,
+    pooled,
+    pooled_all,
+    settle,
+    sharpened,
+    soften,
+)
 
 N_I, R, H = 2, 3, 2
 
@@ -64,6 +78,8 @@ def test_without_labels_it_is_the_geometric_mean_and_of_one_awake_the_vote_itsel
     y = np.zeros(5, np.int8)
     weight, bias = fit_horizon(votes, y, y.astype(np.int64), np.full((5, 3), 1 / 3), 1e-9, R)
     assert np.allclose(weight, [0.5, 0, 0.5], atol=1e-4) and np.abs(bias).max() < 1e-4
+    told, _ = fit_horizon(votes, y, y.astype(np.int64), np.full((5, 3), 1 / 3), 1e-9, R, np.array([3.0, 1.0, 1.0]))
+    assert np.allclose(told, [0.75, 0, 0.25], atol=1e-4), "shares before any label are those given, of who is awake"
     out = np.empty(3)
     pooled(votes[0], weight[0], np.zeros(3), np.full(3, 1 / 3), out)
     want = np.sqrt(votes[0, 0] * votes[0, 2])
@@ -108,31 +124,49 @@ def test_class_rates_are_even_until_independent_labels_tell_otherwise():
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000), eta=st.floats(0.02, 1.0), share=st.floats(1e-6, 0.2), lead=st.floats(0, 1))
-def test_of_two_forecasts_the_better_is_followed_within_the_bound(seed, eta, share, lead):
-    """Regret against either: ln 2 / eta and what the fixed share costs (Herbster and Warmuth 1998)."""
+def test_of_three_forecasts_the_best_is_followed_within_the_bound(seed, eta, share, lead):
+    """Regret against each: ln 3 / eta and what the fixed share costs (Herbster and Warmuth 1998)."""
     rng = np.random.default_rng(seed)
-    p = soften(rng.dirichlet(np.ones(3), (300, 2)))[:, :, 0]
+    p = soften(rng.dirichlet(np.ones(3), (300, 3)))[:, :, 0]
     p[:, 1] = (1 - lead) * p[:, 1] + lead * rng.uniform(0.5, 1, 300)
-    w = np.full(2, 0.5)
+    w = np.full(3, 1 / 3)
     ours = sum(settle(w, q, eta, share) for q in p)
-    bound = (np.log(2) - 300 * np.log1p(-share)) / eta
+    bound = (np.log(3) - 300 * np.log1p(-share)) / eta
     assert (ours + np.log(p).sum(axis=0) <= bound + 1e-9).all() and w.sum() == pytest.approx(1) and (w > 0).all()
 
 
 def test_an_outcome_moves_the_blend_from_the_decision_at_which_it_is_known():
     _, y, regime, ts, known_at, _, _ = study(4)
     rng = np.random.default_rng(0)
-    mix, pool = rng.dirichlet(np.ones(3), (2, len(ts), H))
+    mix, pool, rate = rng.dirichlet(np.ones(3), (3, len(ts), H))
     eta = np.full(H, 0.5)
-    out, weights = blend(ts, known_at, regime, y, mix, pool, eta, 1e-4, R)
-    lean = np.linalg.norm(out - mix, axis=2) / np.linalg.norm(pool - mix, axis=2)
-    assert np.allclose(lean[:51], 0.5) and np.ptp(lean[51:]) > 0.2 and weights.shape == (R, H, 2)
+    out, weights = blend(ts, known_at, regime, y, mix, pool, rate, eta, 1e-4, R)
+    even = (mix + pool + sharper(pool, rate)) / 3
+    gap = np.abs(out - even).max(axis=2)
+    assert np.allclose(gap[:51], 0) and gap[51:].max() > 0.1 and weights.shape == (R, H, len(BOTH))
     other = y.copy()
     other[300:] = (other[300:] + 1) % 3
-    changed, _ = blend(ts, known_at, regime, other, mix, pool, eta, 1e-4, R)
+    changed, _ = blend(ts, known_at, regime, other, mix, pool, rate, eta, 1e-4, R)
     assert np.array_equal(out[:351], changed[:351]) and not np.array_equal(out[352:], changed[352:])
-    nobody, _ = blend(ts, known_at, regime, y, mix, np.full_like(pool, np.nan), eta, 1e-4, R)
+    nobody, _ = blend(ts, known_at, regime, y, mix, np.full_like(pool, np.nan), rate, eta, 1e-4, R)
     assert np.array_equal(nobody, mix), "a pool of nobody says nothing"
+
+
+def test_the_sharper_pool_leans_further_from_the_class_rates_to_the_same_side():
+    rng = np.random.default_rng(0)
+    for p, rate in rng.dirichlet(np.ones(3), (50, 2)):
+        out = np.empty(3)
+        sharpened(p, rate, out)
+        assert np.allclose(out, sharper(p, rate)) and out.sum() == pytest.approx(1)
+        lean, bolder = (np.subtract.outer(np.log(q / rate), np.log(q / rate)) for q in (p, out))
+        assert np.allclose(bolder, SHARP * lean)
+        sharpened(rate, rate, out)
+        assert np.allclose(out, rate), "who knows nothing stays so"
+
+
+def sharper(p, rate):
+    z = np.exp(np.log(rate) + SHARP * np.log(p / rate))
+    return z / z.sum(axis=-1, keepdims=True)
 
 
 def test_the_pool_is_a_tuple_of_plain_arrays():

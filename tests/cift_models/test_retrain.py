@@ -43,9 +43,11 @@ def champion(catalog: Path, members=("hmm", "fusion"), own=()) -> Path:
 
 @pytest.fixture(scope="module")
 def turned(tmp_path_factory) -> Path:
-    """A market whose queues tell the opposite from the second day on, and its champion of the first."""
+    """A market whose queues tell the opposite from the second day on, and its champion of the first, whose Hawkes process was left out:
+    quotes alone hold nothing for it."""
     catalog = market(tmp_path_factory.mktemp("turned"), 7, [-1.0])
-    champion(catalog)
+    told = artifacts.read(champion(catalog, ("hawkes", "hmm", "fusion"))).manifest
+    assert "hawkes" in told["settings"] and "hawkes" not in told["members"]
     return catalog
 
 
