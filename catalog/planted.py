@@ -4,13 +4,18 @@ Takes a :class:`Plan` and a random generator; gives the hidden state of a sessio
 matches, and the oracle's distribution of every move. Shares no code and no formula with any model.
 
 Hidden state. A semi-Markov chain of five regimes (gamma dwell times) sets volatility, drift, activity and depth for all
-instruments. Instrument 0 has the efficient price dU = (drift + alpha sigma x) dt + sigma dW, in ticks, where x is a unit
-Ornstein-Uhlenbeck process with memory tau, driven by noise correlated with dW by -alpha sqrt(tau / 2), so that (drift apart)
-returns do not predict returns: only those who see the flow learn x. Instrument i > 0 follows:
-V_i(t) = beta U_0(t - lag_i) + sqrt(1 - beta^2) U_i(t).
+instruments. Instrument 0 has the efficient price dU = (drift + sigma sum_k alpha_k gain_k x_k) dt + sigma dW, in ticks, where the four
+signals x_k are independent unit Ornstein-Uhlenbeck processes with memory tau_k, each driven by noise correlated with dW by
+-alpha_k gain_k sqrt(tau_k / 2), so that (drift apart) returns do not predict returns: only those who see where a signal is told learn it.
+gain_k is the regime's. Instrument i > 0 follows: V_i(t) = beta U_0(t - lag_i) + sqrt(1 - beta^2) U_i(t).
 
-Order flow. Immigrants of six types (take, add, cancel, on each side) are Poisson given the hidden state: informed takers lean to where the
-price is expected to go; adders and cancellers lean less, and to a crowd's mood that knows nothing. Each arrival begets others
+Where each signal is told: "flow" by takers, who are right in some regimes and a herd that is wrong in others; "book" by
+adders and cancellers of one side alike, so that quotes flicker there and depth tells nothing; "news" by no order, only by alternative data
+(:mod:`catalog.planted_altdata`); "echo" by the price itself `echo` seconds before, for some come back to a move after a fixed pause: its
+noise at t + echo is correlated with dW at t by `heard`.
+
+Order flow. Immigrants of six types (take, add, cancel, on each side) are Poisson given the hidden state: informed takers lean
+to the flow's signal, adders and cancellers to the book's, and to a crowd's mood that knows nothing. Each arrival begets others
 (branching matrix, log-normal delays, generation by generation: the cluster representation of Hawkes and Oakes 1974); takers in instrument 0
 beget takers in the others after the lag.
 
@@ -32,6 +37,8 @@ from catalog.exchange import MAKER, STEP_UP
 Floats = NDArray[np.float64]
 
 REGIMES: Final = ("calm", "trending up", "trending down", "volatile", "crisis")
+SIGNALS: Final = ("flow", "book", "news", "echo")
+ECHO: Final = SIGNALS.index("echo")
 FLOW: Final = ("buy", "sell", "add bid", "add ask", "cancel bid", "cancel ask")  # takers by their own side
 HORIZONS_NS: Final = (500_000_000, 1_000_000_000, 5_000_000_000, 30_000_000_000)
 FUTURES: Final = 32  # courses of the regime chain over which the oracle averages
@@ -58,28 +65,36 @@ class Plan:
         (0.30, 0.175, 0.175, 0.0, 0.35),
         (0.20, 0.0, 0.20, 0.60, 0.0),
     )
-    alpha: float = 0.37  # expected return of x = 1, in sigma per s
-    tau: float = 9.0  # s, memory of x
+    alpha: tuple[float, ...] = (0.26, 0.12, 0.10, 0.50)  # expected return of each of SIGNALS at 1, in sigma per s
+    tau: tuple[float, ...] = (9.0, 12.0, 20.0, 1.2)  # s, memory of each
+    gain: tuple[tuple[float, ...], ...] = (  # of each signal but the echo, which always counts 1, by regime
+        (1.0, 1.0, 1.0, 0.2, -0.5),
+        (1.0, 1.0, 1.0, 1.0, 1.0),
+        (1.0, 1.0, 1.0, 1.0, 1.0),
+    )
+    echo: float = 12.0  # s from a move to its echo
+    heard: float = 0.58  # correlation of the echo with that move
     beta: float = 0.6  # share of instrument 0 in the others
     lags: tuple[float, ...] = (0.0, 0.06, 0.24, 0.12, 0.40, 0.18, 0.30, 0.09)  # s behind instrument 0
-    informed: float = 0.95  # share of takers who know x
-    lean: float = 0.9  # the same for adders and cancellers, who follow the crowd as well
-    crowd: float = 0.7  # weight of the crowd's mood, which knows nothing, beside x
-    mood: float = 5.0  # s, memory of that mood
+    informed: float = 0.95  # share of takers who know the flow's signal
+    lean: float = 0.9  # of adders and cancellers who know the book's signal; they follow the crowd as well
+    heed: float = 0.5  # weight of the flow's signal beside the book's, by which they add on its side and cancel on the other
+    crowd: float = 1.0  # weight of the crowd's mood, which knows nothing, beside the book's signal
+    mood: float = 1.0  # s, memory of that mood
     picked: float = 0.25  # stale quotes that informed traders take before the maker withdraws them
     look: float = 70.0  # per s, how often a maker looks at the efficient price
-    base: tuple[float, ...] = (0.6, 0.6, 2.8, 2.8, 2.0, 2.0)  # immigrants per s
+    base: tuple[float, ...] = (1.0, 1.0, 2.8, 2.8, 2.0, 2.0)  # immigrants per s
     branching: tuple[tuple[float, ...], ...] = (  # mean children by type of one parent
-        (0.35, 0.03, 0.25, 0.10, 0.02, 0.30),
-        (0.03, 0.35, 0.10, 0.25, 0.30, 0.02),
-        (0.03, 0.02, 0.20, 0.05, 0.25, 0.02),
-        (0.02, 0.03, 0.05, 0.20, 0.02, 0.25),
-        (0.01, 0.05, 0.15, 0.05, 0.25, 0.05),
-        (0.05, 0.01, 0.05, 0.15, 0.05, 0.25),
+        (0.25, 0.03, 0.15, 0.05, 0.02, 0.20),
+        (0.03, 0.25, 0.05, 0.15, 0.20, 0.02),
+        (0.02, 0.01, 0.15, 0.03, 0.25, 0.02),
+        (0.01, 0.02, 0.03, 0.15, 0.02, 0.25),
+        (0.01, 0.03, 0.20, 0.03, 0.20, 0.03),
+        (0.03, 0.01, 0.03, 0.20, 0.03, 0.20),
     )
     follow: float = 0.12  # takers in each follower begot by one in instrument 0, same side
     delay: tuple[float, float] = (0.04, 1.1)  # s, median and log-sd of the delay to a child
-    density: tuple[float, ...] = (37.5, 66.0, 66.0, 103.0, 148.0)  # records per s and instrument, measured; sets the length of a session
+    density: tuple[float, ...] = (32.5, 57.5, 57.5, 90.5, 132.0)  # records per s and instrument, measured; sets the length of a session
     null: bool = False  # True: informed, lean and everything else that ties price to flow is off
     null_steps: float = 4.0  # half-tick moves per s of the null market
 
@@ -114,9 +129,11 @@ def regime_path(rng: np.random.Generator, plan: Plan, mean_s: float, length_s: f
 
 @dataclass(slots=True)
 class Hidden:
-    """The hidden state of one session on the grid of GRID_S: regime (n,), x, own prices U, efficient prices V (I, n), ticks from the open.
+    """The hidden state of one session on the grid of GRID_S, n points; prices in ticks from the open.
 
-    `switches` (k,) are the times in s at which the regime became `states` (k,).
+    `switches` (k,) are the times in s at which the regime became `states` (k,); `regime` (n,); `x` (S, I, n) of SIGNALS; `own` and
+    `value` (I, n) prices U and V. `early` (I, n) is the echo `echo` seconds on; `sure` (I, n + lead) is the integral of what the price
+    owes to it, in sigma: of alpha x dt and of dW as far as x drives that, known as far ahead as the echo is.
     """
 
     switches: Floats
@@ -125,6 +142,14 @@ class Hidden:
     x: Floats
     own: Floats
     value: Floats
+    early: Floats
+    sure: Floats
+
+
+def rho(plan: Plan) -> Floats:
+    """(S, 5): correlation of each signal's noise with the price's, by regime."""
+    gain = np.array([*plan.gain, [1.0] * len(REGIMES)])
+    return -np.array(plan.alpha)[:, None] * gain * np.sqrt(np.array(plan.tau) / 2)[:, None]
 
 
 def hidden_state(rng: np.random.Generator, plan: Plan, instruments: int, mean_s: float, target: int) -> Hidden:
@@ -136,24 +161,34 @@ def hidden_state(rng: np.random.Generator, plan: Plan, instruments: int, mean_s:
     n = (int(np.searchsorted(written, (2.0 if plan.null else 1.25) * target)) // RATE_EVERY + 1) * RATE_EVERY
     regime = regime[:n]
     sigma, drift = np.array(plan.sigma)[regime], np.array(plan.drift)[regime]
-    rho = -plan.alpha * np.sqrt(plan.tau / 2)
-    x, own, value = (np.empty((instruments, n)) for _ in range(3))
+    lead, tied, count = round(plan.echo / GRID_S), rho(plan), len(SIGNALS)
+    alpha = np.array(plan.alpha)[:, None] * np.array([*plan.gain, [1.0] * len(REGIMES)])
+    free = np.sqrt(1 - plan.heard**2 - (tied**2).sum(axis=0))[regime]
+    x, sure = np.empty((count, instruments, n)), np.zeros((instruments, n + lead))
+    early, own, value = (np.empty((instruments, n)) for _ in range(3))
     for i in range(instruments):
-        z = rng.standard_normal((2, n))
-        x[i] = _ou(z[0], float(np.exp(-GRID_S / plan.tau)))
-        dw = np.sqrt(GRID_S) * (rho * np.append(z[0, 1:], 0.0) + np.sqrt(1 - rho**2) * z[1])
-        own[i] = np.append(0.0, np.cumsum((drift + plan.alpha * sigma * x[i]) * GRID_S + sigma * dw)[:-1])
+        step = free * np.sqrt(GRID_S) * rng.standard_normal(n)
+        for k in range(count):
+            z = rng.standard_normal(n + lead + 1)
+            path = _ou(z[:-1], float(np.exp(-GRID_S / plan.tau[k])))
+            x[k, i] = path[:n]
+            if k == ECHO:
+                early[i] = path[lead:]
+                owed = plan.alpha[k] * GRID_S * path + np.sqrt(GRID_S) * tied[k, 0] * z[1:]
+                sure[i, 1:] = np.cumsum(owed)[:-1]
+                step += owed[:n] + np.sqrt(GRID_S) * plan.heard * z[lead + 1 :]
+            else:
+                step += alpha[k, regime] * GRID_S * x[k, i] + np.sqrt(GRID_S) * tied[k, regime] * z[1 : n + 1]
+        own[i] = np.append(0.0, np.cumsum(drift * GRID_S + sigma * step)[:-1])
         lag = round(plan.lags[i] / GRID_S)
         led = np.append(np.zeros(min(lag, n)), own[0, : n - lag])[:n]
         value[i] = own[0] if i == 0 else plan.beta * led + np.sqrt(1 - plan.beta**2) * own[i]
-    return Hidden(switches, states, regime, x, own, value)
+    return Hidden(switches, states, regime, x, own, value, early, sure)
 
 
-def expected_return(plan: Plan, hidden: Hidden, i: int) -> Floats:
-    """What informed traders know of instrument i: its expected return in units that are of order 1 in every regime, (n,)."""
-    drift, sigma = np.array(plan.drift)[hidden.regime], np.array(plan.sigma)[hidden.regime]
-    x = hidden.x[0] if i == 0 else plan.beta * hidden.x[0] + np.sqrt(1 - plan.beta**2) * hidden.x[i]
-    return x + drift / (plan.alpha * sigma)
+def shared(plan: Plan, of: Floats, i: int) -> Floats:
+    """What of a signal (I, n) concerns instrument i: its own and the leader's, (n,) of deviation 1."""
+    return of[0] if i == 0 else plan.beta * of[0] + np.sqrt(1 - plan.beta**2) * of[i]
 
 
 def flow(rng: np.random.Generator, plan: Plan, hidden: Hidden) -> tuple[Floats, NDArray[np.int64], NDArray[np.int64]]:
@@ -161,14 +196,16 @@ def flow(rng: np.random.Generator, plan: Plan, hidden: Hidden) -> tuple[Floats, 
     instruments, n = hidden.value.shape
     end, every = n * GRID_S, RATE_EVERY
     activity = np.array(plan.activity)[hidden.regime[::every]]
-    sign = np.array([1, -1, 1, -1, -1, 1])
+    sign = np.array([1, -1, 1, -1, 1, -1])
     share = np.array([plan.informed] * 2 + [plan.lean] * 4)
     times, kinds, whose = [], [], []
     for i in range(instruments):
         mood = _ou(rng.standard_normal(len(activity)), float(np.exp(-every * GRID_S / plan.mood)))
-        known = np.zeros(len(activity)) if plan.null else expected_return(plan, hidden, i)[::every]
-        felt = (known + plan.crowd * mood) / np.hypot(1.0, plan.crowd)
-        leaning = np.tanh(np.stack([known] * 2 + [felt] * 4))
+        known, seen = (shared(plan, of, i)[::every] for of in hidden.x[:2])
+        if plan.null:
+            known, seen = np.zeros((2, len(activity)))
+        felt = (seen + plan.crowd * mood) / np.hypot(1.0, plan.crowd)
+        leaning = np.tanh(np.stack([known] * 2 + [felt + plan.heed * known] * 2 + [felt - plan.heed * known] * 2))
         rate = np.array(plan.base)[:, None] * activity * (1 + (sign * share)[:, None] * leaning)
         counts = rng.poisson(rate * every * GRID_S)
         kind, cell = np.nonzero(counts)
@@ -259,11 +296,10 @@ def class_probability(mean: Floats, variance: Floats, entry: Floats, width: Floa
     return (1 - UNSURE) * p + UNSURE / 3
 
 
-def outlook(rng: np.random.Generator, plan: Plan, mean_s: float) -> tuple[Floats, Floats]:
-    """What the regime now says of the time ahead: steps u (k,) in s up to the last horizon, and integrals (3, 5, FUTURES, k).
+def outlook(rng: np.random.Generator, plan: Plan, mean_s: float) -> tuple[Floats, NDArray[np.int8]]:
+    """What the regime now says of the time ahead: steps u (k,) in s up to the last horizon, and regimes (5, FUTURES, k) there.
 
-    For each regime at 0, FUTURES courses of the regime chain, drawn from one path of about 2,000 switches, each with its integrals
-    from 0 to u of drift, of sigma exp(-v / tau) and of sigma^2.
+    For each regime at 0, FUTURES courses of the regime chain, drawn from one path of about 2,000 switches.
     """
     length = 2_000 * float(np.mean(plan.dwell)) * mean_s
     switches, states = regime_path(rng, plan, mean_s, length)
@@ -271,28 +307,56 @@ def outlook(rng: np.random.Generator, plan: Plan, mean_s: float) -> tuple[Floats
     start = rng.random(4_000) * (length - u[-1])
     now = states[np.searchsorted(switches, start, side="right") - 1]
     start = np.stack([rng.choice(start[now == r], FUTURES) for r in range(len(REGIMES))])
-    path = states[np.searchsorted(switches, start[..., None] + u, side="right") - 1]
-    sigma, drift = np.array(plan.sigma)[path], np.array(plan.drift)[path]
-    values = np.stack([drift, sigma * np.exp(-u / plan.tau), sigma**2])
-    areas = (values[..., 1:] + values[..., :-1]) / 2 * np.diff(u)
-    return u, np.concatenate([np.zeros((*values.shape[:3], 1)), np.cumsum(areas, axis=3)], axis=3)
+    return u, states[np.searchsorted(switches, start[..., None] + u, side="right") - 1]
 
 
 def forecast(
-    plan: Plan, hidden: Hidden, chain: tuple[Floats, Floats], i: int, at: NDArray[np.int64], ahead: float
+    plan: Plan, hidden: Hidden, chain: tuple[Floats, NDArray[np.int8]], i: int, at: NDArray[np.int64], ahead: float
 ) -> tuple[Floats, Floats]:
     """Mean and variance (m, FUTURES), ticks, of V_i(t + ahead) - V_i(t) given a future and the hidden state at grid points `at` (m,).
 
-    `chain` is what :func:`outlook` gave; `ahead` is in s. In closed form: the Ornstein-Uhlenbeck signal decays, noise and what x takes
-    from it add up to sigma^2 per s, and of instrument 0 the last `lag` seconds are known already.
+    `chain` is what :func:`outlook` gave; `ahead` is in s. In closed form: the Ornstein-Uhlenbeck signals decay, noise and what they take
+    from it add up to sigma^2 per s; of the echo the next `echo` seconds are known, and of instrument 0 the last `lag`.
     """
+    regime, tied = hidden.regime[at], rho(plan)
 
     def own(j: int, h: float) -> tuple[Floats, Floats]:
-        u, integrals = chain
-        k = int(np.clip(np.searchsorted(u, h), 1, len(u) - 1))
-        part = (h - u[k - 1]) / (u[k] - u[k - 1])
-        drift, signal, variance = ((1 - part) * integrals[..., k - 1] + part * integrals[..., k])[:, hidden.regime[at]]
-        return drift + plan.alpha * hidden.x[j, at, None] * signal, variance - (plan.alpha * signal) ** 2
+        if h <= 0:
+            return np.zeros((len(at), 1)), np.zeros((len(at), 1))
+        u, path = chain
+        edges = np.unique(np.concatenate([u[u < h], [h], [plan.echo] * (plan.echo < h)]))
+        step, middle = np.diff(edges), (edges[1:] + edges[:-1]) / 2
+        path = path[..., np.searchsorted(u, middle, side="right") - 1]
+        sigma = np.array(plan.sigma)[path]
+        mean = (np.array(plan.drift)[path] @ step)[regime]
+        variance = (sigma**2 @ step)[regime]
+        for k in range(len(SIGNALS) - 1):
+            tells = plan.alpha[k] * ((np.array(plan.gain[k])[path] * sigma) @ (step * np.exp(-middle / plan.tau[k])))[regime]
+            mean, variance = mean + hidden.x[k, j, at, None] * tells, variance - tells**2
+        soon = middle < plan.echo
+        later = np.where(soon, 0.0, step * np.exp(-np.maximum(middle - plan.echo, 0.0) / plan.tau[ECHO]))
+        mean = mean + hidden.early[j, at, None] * plan.alpha[ECHO] * (sigma @ later)[regime]
+        told = np.diff(hidden.sure[j][at[:, None] + np.rint(np.minimum(edges, plan.echo) / GRID_S).astype(np.int64)], axis=1)
+        for r in range(len(REGIMES)):
+            mine = regime == r
+            mean[mine] += told[mine] @ sigma[r].T
+        return mean, variance + heard(u, chain[1], h)[regime]
+
+    def heard(u: Floats, path: NDArray[np.int8], h: float) -> Floats:
+        """(5, FUTURES): what the echo's noise from t + echo on adds to the variance, beyond the sigma^2 per s that it is part of."""
+        step = u[1]
+        cells = min(len(u) - 1, max(1, round(h / step)))
+        step, lead = h / cells, round(plan.echo / (h / cells))
+        sigma = np.array(plan.sigma)[path[..., :cells]]
+        keep, pull = np.exp(-step / plan.tau[ECHO]), plan.alpha[ECHO] * np.sqrt(2 / plan.tau[ECHO])
+        owed, later = np.zeros(sigma.shape), np.zeros(sigma.shape[:2])
+        for c in range(cells - 1, -1, -1):  # of noise in cell c: what follows up to h
+            later = later * keep + sigma[..., c] * step
+            owed[..., c] = tied[ECHO, 0] * sigma[..., c] + pull * (later - sigma[..., c] * step / 2)
+        weight = np.zeros((*sigma.shape[:2], cells + lead))
+        weight[..., lead:] += plan.heard * sigma
+        weight[..., lead:cells] += owed[..., lead:]
+        return (weight**2).sum(axis=2) * step - (plan.heard**2 + tied[ECHO, 0] ** 2) * (sigma**2).sum(axis=2) * step
 
     mean, variance = own(i, ahead)
     if i == 0:

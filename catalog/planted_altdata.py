@@ -1,8 +1,9 @@
 """Alternative data of the synthetic market: four features tell, late and through noise, what is behind the market; 23 tell nothing.
 
 Takes the hidden state of a session (:mod:`catalog.planted`), which is there without them, so that they change no event of the market;
-gives rows of :mod:`catalog.altdata`. What they tell of moves the efficient price or its volatility from the time it is about on; a delay
-that outlasts the memory of what is told leaves nothing to learn. In the null market the hidden state moves no price: nothing can be learnt.
+gives rows of :mod:`catalog.altdata`. News are told by no order. What they tell of moves the efficient price or its volatility from the time
+it is about on; a delay that outlasts the memory of what is told leaves nothing to learn. In the null market the hidden state moves no
+price: nothing can be learnt.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from catalog.altdata import ALL, FEATURES, INDEX
-from catalog.planted import GRID_S, RATE_EVERY, Floats, Hidden, Plan, expected_return
+from catalog.planted import GRID_S, RATE_EVERY, SIGNALS, Floats, Hidden, Plan, shared
 
 Row = tuple[str, str, float, int, int]
 S: Final = 1_000_000_000
@@ -34,7 +35,7 @@ class Told(NamedTuple):
 
 
 PLANTED: Final = {
-    "social_sentiment": Told("expected return", 0.85, 2.0, 0.5, lambda z: np.tanh(z / 2)),
+    "social_sentiment": Told("news", 0.95, 2.0, 0.5, lambda z: np.tanh(z / 2)),
     "social_volume": Told("volatility", 0.7, 3.0, 0.5, lambda z: np.round(40 * np.exp(0.5 * z))),
     "atm_iv": Told("volatility", 0.8, 5.0, 1.0, lambda z: 0.30 * np.exp(0.15 * z)),
     "skew_25d": Told("trend", 0.9, 5.0, 1.0, lambda z: 0.05 - 0.02 * z),
@@ -61,7 +62,7 @@ def _latent(plan: Plan, hidden: Hidden, i: int) -> dict[str, Floats]:
     sigma, drift = np.log(plan.sigma), np.array(plan.drift)
     scale = max(float(np.abs(drift).max()), 1e-9)
     return {
-        "expected return": expected_return(plan, hidden, i)[::RATE_EVERY],
+        "news": shared(plan, hidden.x[SIGNALS.index("news")], i)[::RATE_EVERY],
         "volatility": ((sigma - sigma.mean()) / (sigma.std() or 1.0))[regime],
         "trend": (drift / scale)[regime],
     }

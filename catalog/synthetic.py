@@ -35,6 +35,7 @@ from catalog.planted import (
     GRID_S,
     HORIZONS_NS,
     REGIMES,
+    SIGNALS,
     UNSURE,
     Floats,
     Hidden,
@@ -48,7 +49,7 @@ from catalog.planted import (
 )
 from catalog.progress import Steps
 
-FORMAT: Final = 2  # of a market on disk; one of another format is made anew
+FORMAT: Final = 3  # of a market on disk; one of another format is made anew
 DATASET: Final = "XNAS.ITCH"
 SESSION: Final = "09:30-16:00 America/New_York"  # the recorded part ends at the close
 FIRST_DAY: Final = "2025-03-10"
@@ -274,7 +275,9 @@ def _walk_probability(steps: float, band: float) -> Floats:
     return np.bincount(outcome(move, band), np.convolve(one_way, one_way[::-1]), 3)
 
 
-def _oracle(plan: Plan, hidden: Hidden, chain: tuple[Floats, Floats], out: NDArray[np.int64], mids: Floats) -> dict[str, NDArray[Any]]:
+def _oracle(
+    plan: Plan, hidden: Hidden, chain: tuple[Floats, NDArray[np.int8]], out: NDArray[np.int64], mids: Floats
+) -> dict[str, NDArray[Any]]:
     """Decision times x horizons of one session: what was, the oracle's view of the move ahead, and the move; prices in ticks."""
     parts: list[dict[str, NDArray[Any]]] = []
     for i in range(len(hidden.value)):
@@ -285,17 +288,17 @@ def _oracle(plan: Plan, hidden: Hidden, chain: tuple[Floats, Floats], out: NDArr
             grid = at // int(GRID_S * 1e9)
             now, then = (mid[np.searchsorted(ts, t, side="right") - 1] for t in (at, at + h))
             if plan.null:
-                value, signal, mean = now, np.zeros(len(at)), np.zeros((len(at), 1))
+                value, signals, mean = now, np.zeros((len(SIGNALS), len(at))), np.zeros((len(at), 1))
                 variance = np.full(mean.shape, plan.null_steps * h / 4e9)
                 p = np.tile(_walk_probability(plan.null_steps * h / 1e9, band), (len(at), 1))
             else:
-                value, signal = hidden.value[i, grid] + 0.5, hidden.x[i, grid]
+                value, signals = hidden.value[i, grid] + 0.5, hidden.x[:, i, grid]
                 mean, variance = forecast(plan, hidden, chain, i, grid, h / 1e9)
                 mean = mean + (value - now)[:, None]
                 spread = out[mine, SPREAD][np.searchsorted(ts, at, side="right") - 1]
                 p = class_probability(mean, variance, *thresholds(plan, hidden.regime[grid], spread, band))
             view = {"mean": mean.mean(1), "sd": np.sqrt(variance.mean(1) + mean.var(1))} | dict(zip(("p_down", "p_flat", "p_up"), p.T))
-            what = {"regime": hidden.regime[grid], "signal": signal, "mid": now, "efficient": value}
+            what = {"regime": hidden.regime[grid], **dict(zip(SIGNALS, signals)), "mid": now, "efficient": value}
             when = {"ts": at, "instrument": np.full(len(at), i), "horizon_ns": np.full(len(at), h)}
             parts.append(when | what | view | {"move": then - now, "outcome": outcome(then - now, band) - 1})
     return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
@@ -346,10 +349,10 @@ def _write_truth(
     oracle = (
         "exact: the move is the difference of two Poisson counts of half ticks"
         if plan.null
-        else f"given the state at ts (efficient prices, signals, regime, mid, spread) and one of {FUTURES} sampled futures of the regime "
-        "chain, V(ts + h) - mid(ts) is normal with mean and variance in closed form; the mid is beyond the band where the makers' rule has "
-        "taken it there from the present spread and not back, by the reflection principle; the probabilities are the mean over the "
-        f"futures, with {UNSURE:.0%} spread evenly. Nothing is fitted to this market"
+        else "given the state at ts (efficient prices, signals, the echo on its way, regime, mid, spread) and one of "
+        f"{FUTURES} sampled futures of the regime chain, V(ts + h) - mid(ts) is normal with mean and variance in closed form; the mid is "
+        "beyond the band where the makers' rule has taken it there from the present spread and not back, by the reflection principle; "
+        f"the probabilities are the mean over the futures, with {UNSURE:.0%} spread evenly. Nothing is fitted to this market"
     )
     names = [*(s[kind] for s in sessions for kind in ("mbo", "definition")), "truth.parquet", "alternative.parquet"]
     truth = {
@@ -369,7 +372,7 @@ def _write_truth(
         "alternative": {
             "table": "alternative.parquet",
             "told": {name: {k: v for k, v in t._asdict().items() if k != "value"} for name, t in planted_altdata.PLANTED.items()},
-            "moves": "nothing" if plan.null else "expected return and trend: the efficient price; volatility: the size of its moves",
+            "moves": "nothing" if plan.null else "news and trend: the efficient price; volatility: the size of its moves",
             "noise": [name for name in altdata.NAMES if name not in planted_altdata.PLANTED],
         },
         "oracle": {"how": oracle, "classes": "up: move > band; down: move < -band; flat: else; ticks of the mid", "scores": scores},

@@ -44,7 +44,7 @@ from cift_models.transformer_kernel import (
     renew,
     scale_rows,
 )  # fmt: skip
-from cift_models.transformer_lessons import COLUMNS, Lessons, Windows, pieces
+from cift_models.transformer_lessons import COLUMNS, LAGGED, Lessons, Windows, pieces
 from cift_models.transformer_train import Batch, Config, Data, Lines, network, outputs, shapes, torch_settings, train
 from cift_models.windows import MINUTES, SECONDS, TICKS, Block, History, Views, Votes
 
@@ -120,7 +120,7 @@ class Transformer:
             if not len(rows):
                 continue
             y, n = lessons.y[rows, h], lessons.worth[1, h]
-            z, straight = raw[there, h].astype(np.float64), self.lines.scores(data.newest(rows))[:, h]
+            z, straight = raw[there, h].astype(np.float64), self.lines.scores(data.straight(rows))[:, h]
             self.share[h] = borne_out(z[:, :3], straight, y, n / len(rows), self.config)
             self.lines.constant[h] += departure(straight + self.share[h] * z[:, :3], y, n / len(rows), self.config.steady)
             k = data.sample["instrument"][rows]
@@ -145,7 +145,7 @@ class Transformer:
             k = inst[closes[a:b]]
             raw = self.raw(v, k, state)
             own = self.usable, self.share, self.lines.slope, self.lines.constant, self.size
-            answer(raw, v.tick[:, -1], k, *own, votes.proba[a:b], votes.magnitude[a:b], imbalance[a:b])
+            answer(raw, straight(v, self.columns), len(self.columns), k, *own, votes.proba[a:b], votes.magnitude[a:b], imbalance[a:b])
         state.imbalance[0] = imbalance
         return votes
 
@@ -231,6 +231,12 @@ class Transformer:
         own = {k[1:]: w.pop(k) for k in [k for k in w if k.startswith("_")]}
         lines = Lines(own.pop("slope"), own.pop("constant"))
         return cls(names, told["columns"], Config(**told["config"]), w, **own, lines=lines, losses=told["losses"])
+
+
+def straight(views: Views, columns: Sequence[str]) -> F32:
+    """What the lines take, (m, D): the newest row, then LAGGED columns second by second, NaN where there was none."""
+    lagged = [views.second[:, :, columns.index(c)] for c in LAGGED if c in columns]
+    return np.concatenate([views.tick[:, -1], *lagged], axis=1, dtype=np.float32)
 
 
 def windows(views: Views) -> tuple[F32, ...]:

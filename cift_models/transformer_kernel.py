@@ -383,12 +383,12 @@ def scale_rows(rows, inst, index, centre, scale, out):  # type: ignore[no-untype
 
 
 @njit(cache=True, nogil=True)
-def answer(raw, newest, inst, usable, share, lines, constant, size, proba, magnitude, imbalance):  # type: ignore[no-untyped-def]
-    """Logits are the lines of the newest row (m, C), and `share` (H,) of the raw outputs (m, OUT H) on top of them."""
+def answer(raw, x, columns, inst, usable, share, lines, constant, size, proba, magnitude, imbalance):  # type: ignore[no-untyped-def]
+    """Logits are the lines of inputs (m, D), of which the newest row comes first, and `share` (H,) of the raw outputs (m, OUT H) on top."""
     for r in range(len(raw)):
         some = False
-        for c in range(newest.shape[1]):
-            some |= newest[r, c] == newest[r, c]
+        for c in range(columns):
+            some |= x[r, c] == x[r, c]
         for h in range(len(usable)):
             if not (some and usable[h]):
                 proba[r, h], magnitude[r, h], imbalance[r, h] = np.nan, np.nan, np.nan
@@ -396,10 +396,10 @@ def answer(raw, newest, inst, usable, share, lines, constant, size, proba, magni
             top, total = -np.inf, 0.0
             for y in range(3):
                 proba[r, h, y] = constant[h, y] + share[h] * raw[r, OUT * h + y]
-            for c in range(newest.shape[1]):
-                if newest[r, c] == newest[r, c]:
+            for c in range(x.shape[1]):
+                if x[r, c] == x[r, c]:
                     for y in range(3):
-                        proba[r, h, y] += newest[r, c] * lines[c, h, y]
+                        proba[r, h, y] += x[r, c] * lines[c, h, y]
             for y in range(3):
                 top = max(top, proba[r, h, y])
             for y in range(3):

@@ -22,6 +22,7 @@ COLUMNS: Final[Mapping[str, str]] = {
     "trade_imbalance_8s": "-", "trade_imbalance_64s": "-", "add_imbalance": "-", "cancel_imbalance": "-", "volume_ratio": "",
     "return_16e": "-", "return_128e": "-", "return_1s": "-", "return_8s": "-", "volatility_8s": "", "intensity_ratio": "",
 }  # fmt: skip
+LAGGED: Final = ("return_1s",)  # of these the lines see every step of the second window
 AHEAD: Final = "imbalance_1"  # what the imbalance head foretells
 PIECE: Final = 512  # decisions whose windows are held at once
 F16_MAX: Final = 6e4

@@ -40,7 +40,8 @@ from cift_models.transformer_kernel import (
     Weights,
     part,
 )
-from cift_models.transformer_lessons import COLUMNS, Lessons, Sample
+from cift_models.transformer_lessons import COLUMNS, LAGGED, Lessons, Sample
+from cift_models.windows import SECONDS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -207,6 +208,12 @@ class Mirror(NamedTuple):
         swap = [place.get(COLUMNS[c], i) for i, c in enumerate(columns)]
         return cls(np.array(swap), np.array([-1 if COLUMNS[c] == "-" else 1 for c in columns], np.float32))
 
+    def straight(self, columns: Sequence[str]) -> Self:
+        """The same of :meth:`Data.straight`; no column of LAGGED changes places with another."""
+        signs = [np.full(SECONDS, self.sign[columns.index(c)]) for c in LAGGED if c in columns]
+        sign = np.concatenate([self.sign, *signs])
+        return self._replace(swap=np.concatenate([self.swap, np.arange(len(self.swap), len(sign))]), sign=sign)
+
 
 class Data(NamedTuple):
     """A sample with all that turns rows of it into batches."""
@@ -221,6 +228,14 @@ class Data(NamedTuple):
         k = self.sample["instrument"][rows]
         z = (self.sample["tick"][rows, -1].astype(np.float64) - self.centre[k]) / self.scale[k]
         return np.nan_to_num(z / (1 + np.abs(z) / float(KNEE)))
+
+    def straight(self, rows: I64) -> F64:
+        """(n, D): what the lines look at, the newest row and then LAGGED columns second by second, scaled, 0 where missing."""
+        x, k = self.newest(rows), self.sample["instrument"][rows]
+        for c in (self.columns.index(name) for name in LAGGED if name in self.columns):
+            z = (self.sample["second"][rows, :, c].astype(np.float64) - self.centre[k, None, c]) / self.scale[k, None, c]
+            x = np.concatenate([x, np.nan_to_num(z / (1 + np.abs(z) / float(KNEE)))], axis=1)
+        return x
 
     def batch(self, rows: I64, device: str, mirrored: NDArray[np.bool_] | None = None) -> Batch:
         import torch
@@ -243,28 +258,31 @@ class Data(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """A multinomial logit of the newest row: scores of down, flat and up are x @ slope + constant."""
+    """A multinomial logit of :meth:`Data.straight`: scores of down, flat and up are x @ slope + constant."""
 
-    slope: F64  # (C, H, 3)
+    slope: F64  # (D, H, 3)
     constant: F64  # (H, 3)
 
     def scores(self, x: F64) -> F64:
-        """(n, H, 3) of rows (n, C)."""
+        """(n, H, 3) of inputs (n, D)."""
         return np.einsum("nc,chy->nhy", x, self.slope) + self.constant
 
     @classmethod
     def fit(cls, lessons: Lessons, data: Data, config: Config, before: Self | None = None) -> Self:
         """Maximum a posteriori on the fit slice and its mirror image: departures of the slopes from `before` are N(0, 1 / config.ridge),
-        and labels count as the independent ones that they are worth. The network then learns what windows tell on top of this ("wide and
-        deep": Cheng et al. 2016), of which there is too little evidence to learn it all at once."""
-        c, mirror = len(data.columns), Mirror.of(data.columns)
+        the seconds of a column together weigh what another column does, and labels count as the independent ones that they are worth.
+        The network then learns what windows tell on top of this ("wide and deep": Cheng et al. 2016), of which there is too little
+        evidence to learn it all at once."""
+        swap, sign = Mirror.of(data.columns).straight(data.columns)
+        c, once = len(sign), len(data.columns)
+        ridge = np.array([config.ridge] * once + [config.ridge * SECONDS] * (c - once) + [0.0])
         slope = np.zeros((c, H, 3)) if before is None else before.slope.copy()
         constant = np.log(lessons.rates)
         for h in np.flatnonzero(lessons.usable):
             rows = lessons.fit[lessons.y[lessons.fit, h] >= 0]
-            x, y = data.newest(rows), lessons.y[rows, h].astype(np.int64)
-            x, y = np.concatenate([x, x[:, mirror.swap] * mirror.sign]), np.concatenate([y, 2 - y])
-            belief = np.column_stack([slope[:, h].T, constant[h]]), np.array([config.ridge] * c + [0.0])
+            x, y = data.straight(rows), lessons.y[rows, h].astype(np.int64)
+            x, y = np.concatenate([x, x[:, swap] * sign]), np.concatenate([y, 2 - y])
+            belief = np.column_stack([slope[:, h].T, constant[h]]), ridge
             found = fit_logit(x, y, lessons.worth[0, h] / len(y), *belief)
             slope[:, h], constant[h] = found[:, :-1].T, found[:, -1]
         return cls(slope, constant)
@@ -319,8 +337,8 @@ def train(
     groups = [{"params": [w[k] for k in w if (w[k].ndim > 1) is plain], "weight_decay": config.decay * plain} for plain in (True, False)]
     optimiser = torch.optim.AdamW(groups, lr=config.rate)
     key = _key(lessons, data, lines, seed, config, device, start)
-    rest, mirror, plain = lessons.calibration, Mirror.of(data.columns), dataclasses.replace(config, smoothing=0.0)
-    straight, each = lines.scores(data.newest(rest)), weigh[1] / np.maximum((y[rest] >= 0).sum(axis=0), 1)
+    rest, mirror, plain = lessons.calibration, Mirror.of(data.columns).straight(data.columns), dataclasses.replace(config, smoothing=0.0)
+    straight, each = lines.scores(data.straight(rest)), weigh[1] / np.maximum((y[rest] >= 0).sum(axis=0), 1)
 
     def later() -> float:
         raw = torch.from_numpy(outputs(w, data, rest, config.heads, device))
@@ -343,7 +361,7 @@ def train(
                 ahead = np.where(flip[:, None], -lessons.later[rows], lessons.later[rows])
                 known = (told >= 0).sum(axis=0)
                 share = np.tile(weigh[0] / np.maximum(known, 1), (len(rows), 1))
-                x = data.newest(rows)
+                x = data.straight(rows)
                 base = lines.scores(np.where(flip[:, None], x[:, mirror.swap] * mirror.sign, x))
                 step = run.epoch * -(-n // config.batch) + at // config.batch
                 for group in optimiser.param_groups:

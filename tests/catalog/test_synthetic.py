@@ -18,7 +18,18 @@ from databento.common.publishers import Publisher
 from catalog import synthetic
 from catalog.errors import InputError
 from catalog.exchange import MBO, STEP_UP
-from catalog.planted import GRID_S, HORIZONS_NS, REGIMES, Plan, _beyond, flow, hidden_state
+from catalog.planted import (
+    GRID_S,
+    HORIZONS_NS,
+    REGIMES,
+    SIGNALS,
+    Plan,
+    _beyond,
+    flow,
+    forecast,
+    hidden_state,
+    outlook,
+)
 from catalog.synthetic import BANDS, TICK, MarketFiles, make_market
 
 A, C, F, M, R, T = (ord(c) for c in "ACFMRT")
@@ -367,7 +378,7 @@ def test_informed_flow_tells_of_the_signal_and_moves_the_price(seen: list[list[S
             ts = table["ts"][rows]
             bought = at(s, s.traded, ts) - at(s, s.traded, ts - 5e9)
             if i == 0:
-                own.append(np.corrcoef(bought, table["signal"][rows])[0, 1])
+                own.append(np.corrcoef(bought, table["flow"][rows])[0, 1])
             impact.append(np.corrcoef(bought, at(s, s.mid, ts) - at(s, s.mid, ts - 5e9))[0, 1])
     assert np.mean(own) > 0.2 and min(own) > 0.1 and min(impact) > 0.1, "Kyle: the price follows signed volume"
 
@@ -375,7 +386,8 @@ def test_informed_flow_tells_of_the_signal_and_moves_the_price(seen: list[list[S
 def test_more_informed_takers_make_flow_more_toxic(tmp_path: Path) -> None:
     vpin, kyle = [], []
     for share in (0.0, 0.95):
-        plan = replace(Plan(), informed=share, picked=0.25 * (share > 0))
+        right = {"alpha": (0.37, 0.0, 0.0, 0.0), "gain": ((1.0,) * 5,) * 3, "heard": 0.0, "heed": 0.0}  # takers are no herd
+        plan = replace(Plan(), informed=share, picked=0.25 * (share > 0), **right)
         r = read(make_market(tmp_path / str(share), sessions=1, events=120_000, instruments=1, plan=plan).mbo[0])
         r = r[r["action"] == T]
         signed = np.where(r["side"] == BID, 1.0, -1.0) * r["size"]
@@ -414,17 +426,39 @@ def test_the_oracle_is_calibrated_and_beats_the_frequencies(table: dict[str, np.
                 told, came = p[part, c].mean(), np.mean(y[part] == c)
                 assert abs(told - came) < 4 * np.sqrt(told * (1 - told) * overlap / len(part)) + 0.02
     accuracy = [s["accuracy"] for s in truth["oracle"]["scores"]]
-    assert min(accuracy) > 0.5 and max(accuracy) < 0.75
+    assert min(accuracy) > 0.45 and max(accuracy) < 0.75
 
 
 def test_the_hidden_returns_do_not_predict_themselves() -> None:
-    plan = replace(Plan(), sigma=(1.0,) * 5, drift=(0.0,) * 5)
+    plan = replace(Plan(), sigma=(1.0,) * 5, drift=(0.0,) * 5, gain=((1.0,) * 5,) * 3)
     hidden = hidden_state(np.random.default_rng(2), plan, 1, 10_000.0, 640_000)
     step = round(5 / GRID_S)
     r = np.diff(hidden.value[0, ::step])
-    x = hidden.x[0, ::step][: len(r)]
-    assert abs(np.corrcoef(r[1:], r[:-1])[0, 1]) < 3.5 / np.sqrt(len(r)) and np.corrcoef(x, r)[0, 1] > 0.4
-    assert r.var() == pytest.approx(5.0, rel=0.1), "sigma^2 a second, whatever x adds"
+    assert abs(np.corrcoef(r[1:], r[:-1])[0, 1]) < 3.5 / np.sqrt(len(r))
+    assert r.var() == pytest.approx(5.0, rel=0.1), "sigma^2 a second, whatever the signals add"
+    for k, (alpha, tau) in enumerate(zip(plan.alpha, plan.tau)):
+        told = np.corrcoef(hidden.x[k, 0, ::step][: len(r)], r)[0, 1]
+        assert told == pytest.approx(alpha * tau * (1 - np.exp(-5 / tau)) / np.sqrt(5), abs=3.5 / np.sqrt(len(r))), SIGNALS[k]
+    second = np.diff(hidden.value[0, :: round(1 / GRID_S)])
+    ago = [np.corrcoef(second[lag:], second[:-lag])[0, 1] for lag in range(1, 20)]
+    assert np.argmax(ago) + 1 in (plan.echo, plan.echo + 1) and max(ago) > 5 / np.sqrt(len(second)), "but moves have an echo"
+
+
+@pytest.mark.parametrize("i", [0, 1])
+def test_the_oracle_knows_mean_and_variance_of_the_efficient_price(i: int) -> None:
+    """With one regime there is one future, and what comes less what it says, in its deviations, is a standard normal."""
+    plan = replace(Plan(), sigma=(1.3,) * 5, drift=(0.05,) * 5, gain=((1.0,) * 5, (-0.5,) * 5, (1.0,) * 5))
+    rng = np.random.default_rng(7)
+    hidden, chain = hidden_state(rng, plan, 2, 10_000.0, 640_000), outlook(rng, plan, 10_000.0)
+    for h in HORIZONS_NS:
+        ahead = round(h / 1e9 / GRID_S)
+        at = np.arange(2_000, hidden.value.shape[1] - ahead, ahead)
+        mean, variance = forecast(plan, hidden, chain, i, at, h / 1e9)
+        z = (hidden.value[i, at + ahead] - hidden.value[i, at] - mean[:, 0]) / np.sqrt(variance[:, 0])
+        assert np.allclose(variance, variance[:1, :1]) and abs(z.mean()) < 3.5 / np.sqrt(len(z))
+        assert abs(z.var() - 1) < 3.5 * np.sqrt(2 / len(z)), h
+        for told in (*hidden.x[:, 0], hidden.early[0]):  # nothing that it knows is left over
+            assert abs(np.corrcoef(told[at], z)[0, 1]) < 4 / np.sqrt(len(z))
 
 
 def test_the_oracle_of_a_switch_agrees_with_simulated_paths() -> None:
@@ -463,8 +497,8 @@ def asked(s: Seen, horizon_ns: float) -> np.ndarray:
 def test_in_the_planted_market_book_and_flow_predict_the_mid(seen: list[list[Seen]]) -> None:
     per = [asked(s, 5e9) for session in seen for s in session]
     alone, jointly = (dict(zip(PREDICTORS, t)) for t in np.sum(per, axis=0) / np.sqrt(len(per)))
-    assert alone["traded"] > 4 and alone["imbalance"] > 4
-    assert jointly["traded"] > 4 and jointly["imbalance"] > 4
+    assert alone["traded"] > 4 and alone["imbalance"] > 3
+    assert jointly["traded"] > 4 and jointly["imbalance"] > 3
     assert abs(alone["past"]) < 3, "its own past says nothing of it"
 
 

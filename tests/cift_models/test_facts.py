@@ -22,7 +22,8 @@ SHARES, SEEDS = (0.0, 0.35, 0.65, 0.95), range(1, 6)
 
 def planted(place: Path, seed: int, share: float) -> Facts:
     """A market in which `share` of the takers know where the price goes, and take stale quotes in proportion."""
-    plan = replace(Plan(), informed=share, picked=0.25 * share / 0.95)
+    right = {"alpha": (0.37, 0.0, 0.0, 0.0), "gain": ((1.0,) * 5,) * 3, "heard": 0.0, "heed": 2.0}  # takers are no herd, makers see it
+    plan = replace(Plan(), informed=share, picked=0.25 * share / 0.95, **right)
     events, instruments = read_dbn(make_market(place, seed, sessions=1, events=60_000, instruments=1, plan=plan).mbo[0])
     return facts(stream(instruments, [events]), instruments)[0]
 

@@ -390,17 +390,19 @@ def test_shap_shares_are_xgboosts_contributions_and_find_what_drives_the_moves(s
 def planted(tmp_path_factory):
     """A market of the synthetic exchange, two sessions: what is learnt from in the first, what is told of the second, and its table."""
     from catalog.events import read_dbn
+    from catalog.planted import Plan
     from catalog.synthetic import make_market
     from cift_models.train import gather
 
-    made = make_market(tmp_path_factory.mktemp("planted") / "market", seed=21, sessions=2, events=400_000, instruments=2)
+    loud = Plan(alpha=(0.2, 0.1, 0.2, 0.0), heard=0.0)  # news move prices more than in the demo market, whose sessions are longer
+    made = make_market(tmp_path_factory.mktemp("planted") / "market", seed=21, sessions=2, events=400_000, instruments=2, plan=loud)
     events, instruments = zip(*(read_dbn(f) for f in made.mbo))
     first, second = (gather(lambda e=e, i=i: (i, [e]), {}, 60_000) for e, i in zip(events, instruments))
     return first, second, altdata.read(made.alternative)
 
 
 def test_alternative_data_of_the_synthetic_exchange_gain_in_time_and_nothing_past_the_decision(planted):
-    """Trained and evaluated both ways: published in time, and so late that what is told of is over (its memory is 9 s)."""
+    """Trained and evaluated both ways: published in time, and so late that what is told of is over (its memory is 20 s)."""
     from cift_models.labels import walk_forward
     from cift_models.significance import mean_test
     from cift_models.train import study as prepared

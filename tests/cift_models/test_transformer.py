@@ -94,7 +94,7 @@ def random_member(seed: int = 0, names=NAMES, n: int = 2, config: Config = SMALL
     w = {k: (0.3 * rng.normal(size=s) + k.split(".")[1].startswith(("norm", "gain"))).astype(np.float32)
          for k, s in transformer_train.shapes(len(columns), n, config).items()}  # fmt: skip
     own = rng.normal(size=(n, len(columns))), rng.uniform(0.5, 2, (n, len(columns)))
-    lines = Lines(0.3 * rng.normal(size=(len(columns), H, 3)), rng.normal(size=(H, 3)))
+    lines = Lines(0.3 * rng.normal(size=(len(Mirror.of(columns).straight(columns).sign), H, 3)), rng.normal(size=(H, 3)))
     learnt = np.array([True, True, True, False]), lines, np.full(H, 0.7), np.ones((n, H))
     return Transformer(names, columns, config, w, *own, *learnt)
 
@@ -452,18 +452,19 @@ def test_the_lines_are_the_most_probable_ones(block):
     lessons = transformer_lessons.Lessons.of(study, sample)
     data = transformer_train.Data(sample, *lessons.scalers(sample), tuple(columns))
     lines = Lines.fit(lessons, data, SMALL)
-    mirror = transformer_train.Mirror.of(columns)
-    x = data.newest(lessons.fit)
+    mirror = transformer_train.Mirror.of(columns).straight(columns)
+    x = data.straight(lessons.fit)
     y = lessons.y[lessons.fit, 0]
     x, y = np.concatenate([x[y >= 0], x[y >= 0][:, mirror.swap] * mirror.sign]), np.concatenate([y[y >= 0], 2 - y[y >= 0]])
 
     def lost(slope, constant):
         told = log_softmax(x @ slope + constant, axis=1)[np.arange(len(y)), y].sum()
-        return SMALL.ridge / 2 * (slope**2).sum() - lessons.worth[0, 0] / len(y) * told
+        belief = (slope[: len(columns)] ** 2).sum() + SECONDS * (slope[len(columns) :] ** 2).sum()
+        return SMALL.ridge / 2 * belief - lessons.worth[0, 0] / len(y) * told
 
     rng, least = np.random.default_rng(0), lost(lines.slope[:, 0], lines.constant[0])
     for _ in range(20):
-        u, v = rng.normal(size=(len(columns), 3)), rng.normal(size=3)
+        u, v = rng.normal(size=(x.shape[1], 3)), rng.normal(size=3)
         assert min(lost(lines.slope[:, 0] + e * u, lines.constant[0] + e * v) for e in (-0.03, 0.03)) > least
     away = lines.scores(x[:, mirror.swap] * mirror.sign)[:, 0, ::-1] - lines.scores(x)[:, 0]
     assert np.abs(away - away.mean(axis=1, keepdims=True)).max() < 0.02, "bid and ask exchanged, up and down are"
