@@ -56,7 +56,7 @@ def session(small: Small, state: Path, *options: str, strategy: str = EAGER, **m
     """`run_live.py` on the last session of the small market, as a process."""
     config = state.with_suffix(".toml")
     config.write_text(settings_of(small, strategy, **more))
-    return started(config, state, *options)
+    return launched(config, state, *options)
 
 
 def settings_of(small: Small, strategy: str = EAGER, **more: Any) -> str:
@@ -68,7 +68,7 @@ def settings_of(small: Small, strategy: str = EAGER, **more: Any) -> str:
     return "\n".join(lines)
 
 
-def started(config: Path, state: Path, *options: str) -> subprocess.Popen[str]:
+def launched(config: Path, state: Path, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "run_live.py", "--config", str(config), "--state", str(state), *options]
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "CIFT_KILL": str(state / "kill")}
@@ -437,7 +437,7 @@ def test_a_kill_is_taken_while_a_replay_that_holds_nothing_waits_for_its_models(
 def test_a_kill_by_signal_while_the_command_line_is_still_being_read_is_not_lost(small: Small, tmp_path: Path) -> None:
     state, pipe = tmp_path / "state", tmp_path / "live.toml"
     os.mkfifo(pipe)
-    process = started(pipe, state, "--speed", "20")
+    process = launched(pipe, state, "--speed", "20")
     with pipe.open("w") as config:  # from the other end: before anything of a session is there
         process.send_signal(signal.SIGUSR1)
         config.write(settings_of(small))
