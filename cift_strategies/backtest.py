@@ -143,7 +143,7 @@ def plan(config: RunConfig, found: sources.Source) -> Plan:
     elif found.split is not None and config.train_fraction is None:
         split = found.split - 1
     else:
-        split = span.split_at(0.6 if config.train_fraction is None else config.train_fraction)
+        split = _whole_session(span.split_at(0.6 if config.train_fraction is None else config.train_fraction), span)
     if span.count(split) >= events:
         raise InputError(f"nothing is left to trade after the training range, {events:,} events in all: choose a smaller --train-fraction")
     start = span.fresh_start(span.after(split))
@@ -159,16 +159,23 @@ def trained_on(artifact: Path) -> tuple[int, int]:
     return int(seen["start"]), int(seen["end"])
 
 
+def _whole_session(ts: int, span: Span) -> int:
+    """`ts`, or a stamp in the pause behind its session where that begins sooner than the longest horizon: books would have to be filled by
+    streaming all of the session again, for next to nothing."""
+    from cift_models.windows import HORIZONS_NS
+
+    soon = ts + HORIZONS_NS[-1]
+    return soon if span.after(soon) - soon > PAUSE_NS else ts
+
+
 def _trained_until(seen: tuple[int, int], span: Span) -> int:
-    """The last stamp of `span` that the models have `seen`. The rest of a session whose end is nearer than the longest horizon counts as
-    seen: its books would have to be filled by streaming all of that session again, for next to nothing."""
+    """The last stamp of `span` that the models have `seen`, or count as having seen."""
     from cift_models.windows import HORIZONS_NS
 
     first, last = seen
     if first > span.last or last < span.first:
         return span.first - 1
-    soon = last + HORIZONS_NS[-1]
-    return soon if span.after(soon) - soon > PAUSE_NS or span.last <= soon else last
+    return last + HORIZONS_NS[-1] if span.last <= last + HORIZONS_NS[-1] else _whole_session(last, span)
 
 
 def notes(p: Plan, altdata: Table | None = None) -> list[str]:
