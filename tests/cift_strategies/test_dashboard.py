@@ -97,7 +97,7 @@ def test_votes_are_those_of_the_members(page: Page, served: Served) -> None:
                 assert said[member].inner_text() == ("not in these models" if member in absent else "abstains")
             else:
                 spoken = said[member].locator("[role=img]").get_attribute("aria-label")
-                assert spoken == ", ".join(f"{w} {100 * v:.0f} %" for w, v in zip(("down", "flat", "up"), vote))
+                assert spoken == ", ".join(f"{w} {int(100 * v + 0.5)} %" for w, v in zip(("down", "flat", "up"), vote))
 
 
 def test_it_follows_the_node(page: Page, served: Served) -> None:
