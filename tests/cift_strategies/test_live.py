@@ -408,7 +408,8 @@ def test_positions_and_kill_switch_are_there_before_the_models_are(small: Small,
     elif way == "the API":
         until(lambda: asked(url, "kill", (state / "token").read_text().strip()), process)
     until(lambda: not held(state), process)
-    assert set(dict(rows(state, "select trade, by from closed")).values()) == {"killed"}
+    under_way = {"lost at a restart", "not sent"}  # entries of the moment at which the process died
+    assert set(dict(rows(state, "select trade, by from closed")).values()) - under_way == {"killed"}
     status = asked(url, "snapshot")
     assert status["node"]["state"] == "killed" and asked(url, "models/status")["version"] == ""
     process.send_signal(signal.SIGTERM)
