@@ -101,7 +101,13 @@ def read(path: str | Path, features: Sequence[str] | None = None) -> Artifact:
 
     `features`: the names of the running code; another list in the manifest is refused.
     """
-    path = Path(path)
+    try:
+        return _verified(Path(path), features)
+    except OSError as e:  # a name that no file can have, a folder that may not be read
+        raise InputError(f"{str(path)[:200]} cannot be read as trained models ({e.strerror}): name another folder, or its rights") from None
+
+
+def _verified(path: Path, features: Sequence[str] | None) -> Artifact:
     place = path / "manifest.json"
     if not place.is_file():
         raise InputError(f"{place} is missing: {path} holds no trained models; train with `python -m cift_models train --out {path}`")

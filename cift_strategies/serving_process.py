@@ -203,7 +203,7 @@ class _Server:
             kept = self.engine.swap(path)
         except InputError as e:
             return {"path": str(path), "error": str(e)}
-        except Exception as e:  # a path that no file can have, a folder that may not be read: nothing has changed yet, the old ones go on
+        except Exception as e:  # a member of the user's own that cannot be loaded: nothing has changed yet, the old ones go on
             return {"path": str(path), "error": f"{str(path)[:200]} cannot be loaded: {type(e).__name__}: {str(e)[:200]}"}
         return {"path": str(path), "version": self.engine.model_version, "members": kept, "at": int(self.ring.words[TAIL])}
 

@@ -99,6 +99,8 @@ def test_another_feature_list_format_or_version_is_refused(small):
 def test_a_folder_without_models_or_with_something_else_is_told_apart(tmp_path):
     with pytest.raises(InputError, match=r"manifest\.json is missing"):
         artifacts.read(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"cannot be read as trained models \(File name too long\)"):
+        artifacts.read(tmp_path / ("0" * 300))
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="holds no trained models"):
         artifacts.write(tmp_path, manifest(), save)
