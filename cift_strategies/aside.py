@@ -14,6 +14,7 @@ from catalog.errors import InputError
 from catalog.events import read_catalog
 from cift_strategies.backtest import Plan, blocks, delay, stream
 from cift_strategies.outcome import Traded
+from cift_strategies.workers import no_main
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,8 @@ class Second:
         context = get_context("spawn")
         self._pipe, theirs = context.Pipe(duplex=False)
         self._process = context.Process(target=_aside_process, args=(theirs, *arguments), daemon=True)
-        self._process.start()
+        with no_main():
+            self._process.start()
         theirs.close()
 
     def result(self) -> Aside:

@@ -11,13 +11,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -34,6 +32,7 @@ from catalog.events import EVENT, Instrument
 from cift_models.features import NAMES
 from cift_strategies.messages import FeatureVector, Prediction
 from cift_strategies.timings import Histogram, Timing
+from cift_strategies.workers import no_main
 
 if TYPE_CHECKING:
     from cift_models.gpu import Device
@@ -177,21 +176,6 @@ class Told:
     @property
     def learned(self) -> Told:
         return self
-
-
-@contextmanager
-def no_main() -> Iterator[None]:
-    """Processes started within do not run the user's script again, as multiprocessing's do that are spawned: one that starts a pipeline
-    without asking for its name would start another pipeline in each. The models need nothing of it."""
-    main = sys.modules["__main__"]
-    spec, file = main.__spec__, main.__dict__.pop("__file__", None)
-    main.__spec__ = None
-    try:
-        yield
-    finally:
-        main.__spec__ = spec
-        if file is not None:
-            main.__file__ = file
 
 
 class Serving:

@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -33,6 +34,21 @@ ONE_THREAD: Final = {
 }  # fmt: skip
 
 type Done = tuple[Any, str | None, str | None]  # the job; what the user can mend; the traceback of a fault of ours
+
+
+@contextmanager
+def no_main() -> Iterator[None]:
+    """Processes started within do not run the user's script again, as multiprocessing's do that are spawned: one that starts a pipeline
+    or a backtest without asking for its name would start another in each. What we spawn needs nothing of it."""
+    main = sys.modules["__main__"]
+    spec, file = main.__spec__, main.__dict__.pop("__file__", None)
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        main.__spec__ = spec
+        if file is not None:
+            main.__file__ = file
 
 
 class Workers(Protocol):
@@ -89,7 +105,8 @@ class Processes:
         os.environ.update(ONE_THREAD)
         try:
             process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
-            process.start()
+            with no_main():
+                process.start()
         finally:
             for k, v in before.items():
                 if v is None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from cift_strategies.backtest import RunConfig, estimate, notes, plan, resolve, 
 from cift_strategies.outcome import HORIZON_LABELS
 from cift_strategies.settings import Settings
 from cift_strategies.stream import PAUSE_NS, Span
+
+ROOT = Path(__file__).resolve().parents[2]
 
 KEYS = {
     "source", "instruments", "events", "events_streamed", "events_per_second", "wall_seconds", "feature_vectors", "predictions", "orders",
@@ -334,3 +339,21 @@ def test_unknown_settings_are_errors() -> None:
     with pytest.raises(ValueError, match="extra"):
         RunConfig.model_validate({"settings": {"min_egde": 1}})
     assert RunConfig(settings=Settings(min_edge_ticks=2)).settings.min_edge_ticks == 2
+
+
+PLAIN = """
+import json, sys
+from pathlib import Path
+from cift_strategies.backtest import RunConfig, run
+
+print(run(RunConfig(**{name: Path(told) for name, told in json.loads(sys.argv[1]).items()})).digest)
+"""
+
+
+def test_a_script_that_does_not_ask_for_its_name_is_not_run_again_by_the_second_process(small: Small, tmp_path: Path) -> None:
+    (tmp_path / "plain.py").write_text(PLAIN)
+    told = json.dumps({"catalog": str(small.catalog), "artifacts": str(small.artifact), "out": str(tmp_path / "o")})
+    command = [sys.executable, str(tmp_path / "plain.py"), told]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 1, done.stderr[-3_000:]
+    assert json.loads((tmp_path / "o" / "summary.json").read_text())["baseline_rule"] is not None
