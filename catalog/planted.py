@@ -146,10 +146,14 @@ class Hidden:
     sure: Floats
 
 
+def strength(plan: Plan) -> Floats:
+    """(S, 5): expected return of each signal at 1, in sigma per s, by regime."""
+    return np.array(plan.alpha)[:, None] * np.array([*plan.gain, [1.0] * len(REGIMES)])
+
+
 def rho(plan: Plan) -> Floats:
     """(S, 5): correlation of each signal's noise with the price's, by regime."""
-    gain = np.array([*plan.gain, [1.0] * len(REGIMES)])
-    return -np.array(plan.alpha)[:, None] * gain * np.sqrt(np.array(plan.tau) / 2)[:, None]
+    return -strength(plan) * np.sqrt(np.array(plan.tau) / 2)[:, None]
 
 
 def hidden_state(rng: np.random.Generator, plan: Plan, instruments: int, mean_s: float, target: int) -> Hidden:
@@ -162,7 +166,7 @@ def hidden_state(rng: np.random.Generator, plan: Plan, instruments: int, mean_s:
     regime = regime[:n]
     sigma, drift = np.array(plan.sigma)[regime], np.array(plan.drift)[regime]
     lead, tied, count = round(plan.echo / GRID_S), rho(plan), len(SIGNALS)
-    alpha = np.array(plan.alpha)[:, None] * np.array([*plan.gain, [1.0] * len(REGIMES)])
+    alpha = strength(plan)
     free = np.sqrt(1 - plan.heard**2 - (tied**2).sum(axis=0))[regime]
     x, sure = np.empty((count, instruments, n)), np.zeros((instruments, n + lead))
     early, own, value = (np.empty((instruments, n)) for _ in range(3))

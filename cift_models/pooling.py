@@ -176,7 +176,6 @@ def fit_pool(
     about it.
     """
     n, members, h_n, _ = votes.shape
-    shares = np.ones((h_n, members)) if first is None else first
     pool = Pool(np.zeros((regimes, h_n, members)), np.zeros((h_n, 3)), np.full((instruments, h_n, 3), 1 / 3))
     out = np.full((n, h_n, 3), np.nan)
     edges = ts[np.minimum(np.arange(STRETCHES + 1) * n // STRETCHES, n - 1)] if n else np.zeros(STRETCHES + 1, np.int64)
@@ -190,7 +189,8 @@ def fit_pool(
             share = worth[h] * len(rows) / max(1, known.sum())
             rate = class_rates(y[rows, h], instrument[rows], instruments, share)
             some = rows[:: max(1, -(-len(rows) // ROWS))]
-            weight, bias = fit_horizon(p[some], y[some, h], regime[some], rate[instrument[some]], share, regimes, shares[h])
+            before = None if first is None else first[h]
+            weight, bias = fit_horizon(p[some], y[some, h], regime[some], rate[instrument[some]], share, regimes, before)
             if b:
                 mine = np.flatnonzero((ts >= a) & (ts < b))
                 told = np.empty((len(mine), 3))

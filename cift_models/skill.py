@@ -56,29 +56,27 @@ def ablate(
         ensemble.config, np.iinfo(np.int64).max, (), altdata,
     )  # fmt: skip
     whole = runs[0]
-    nothing = {"ts": np.empty(0, np.int64)}
-    some_outcome(whole.after or nothing, found, root)
-    assert whole.after is not None
+    after = some_outcome(whole.after, found, root)
     place = [m["instruments"].index(i.id) for i in instruments]
     threshold = ensemble.threshold[place]
-    out: dict[str, Any] = {"decisions": len(whole.after["ts"]), "ensemble": {}, "members": {}}
+    out: dict[str, Any] = {"decisions": len(after["ts"]), "ensemble": {}, "members": {}}
     for h in range(H):
         if LABELS[h] in m["horizons_trained"]:
             out["ensemble"][LABELS[h]] = _pooled(whole, threshold, h)
     for member, without in zip(members, runs[1:]):
         a = whole.ensemble.names.index(member.name)
-        votes = whole.after["votes"][:, a]
+        votes = after["votes"][:, a]
         told: dict[str, Any] = {"cover": float(np.isfinite(votes).all(axis=2).any(axis=1).mean())}
         for h in range(H):
             if LABELS[h] in m["horizons_trained"]:
-                told[LABELS[h]] = _adds(whole.after, without.after or {}, votes[:, h], threshold, h, seed)
+                told[LABELS[h]] = _adds(after, without.after or {}, votes[:, h], threshold, h, seed)
         out["members"][member.name] = told
     for kind in ("cost", "gain"):
         family = [told[h][kind] for told in out["members"].values() for h in told if h != "cover" and kind in told[h]]
         for g, p in zip(family, holm([g["p"] for g in family])):
             g["p_holm"] = float(p)
     if truth is not None:
-        out["oracle"] = oracle_share(whole.after, [i.id for i in instruments], whole.ensemble.names, threshold, truth)
+        out["oracle"] = oracle_share(after, [i.id for i in instruments], whole.ensemble.names, threshold, truth)
     return out
 
 

@@ -215,6 +215,12 @@ class Mirror(NamedTuple):
         return self._replace(swap=np.concatenate([self.swap, np.arange(len(self.swap), len(sign))]), sign=sign)
 
 
+def _scaled(x: NDArray[Any], centre: NDArray[Any], scale: NDArray[Any]) -> F64:
+    """As `transformer_kernel.scale_rows` does it, 0 where missing."""
+    z = (x.astype(np.float64) - centre) / scale
+    return np.nan_to_num(z / (1 + np.abs(z) / float(KNEE)))
+
+
 class Data(NamedTuple):
     """A sample with all that turns rows of it into batches."""
 
@@ -226,15 +232,13 @@ class Data(NamedTuple):
     def newest(self, rows: I64) -> F64:
         """(n, C) scaled values of the newest rows, 0 where missing."""
         k = self.sample["instrument"][rows]
-        z = (self.sample["tick"][rows, -1].astype(np.float64) - self.centre[k]) / self.scale[k]
-        return np.nan_to_num(z / (1 + np.abs(z) / float(KNEE)))
+        return _scaled(self.sample["tick"][rows, -1], self.centre[k], self.scale[k])
 
     def straight(self, rows: I64) -> F64:
         """(n, D): what the lines look at, the newest row and then LAGGED columns second by second, scaled, 0 where missing."""
         x, k = self.newest(rows), self.sample["instrument"][rows]
         for c in (self.columns.index(name) for name in LAGGED if name in self.columns):
-            z = (self.sample["second"][rows, :, c].astype(np.float64) - self.centre[k, None, c]) / self.scale[k, None, c]
-            x = np.concatenate([x, np.nan_to_num(z / (1 + np.abs(z) / float(KNEE)))], axis=1)
+            x = np.concatenate([x, _scaled(self.sample["second"][rows, :, c], self.centre[k, None, c], self.scale[k, None, c])], axis=1)
         return x
 
     def batch(self, rows: I64, device: str, mirrored: NDArray[np.bool_] | None = None) -> Batch:

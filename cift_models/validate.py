@@ -286,9 +286,11 @@ def score_catalog(
     return {**scores, "model_version": engine.model_version, "failures": engine.failures}
 
 
-def some_outcome(sample: Mapping[str, NDArray[Any]], found: artifacts.Artifact, root: str | Path) -> None:
-    """Raises InputError where no decision of `sample` has an outcome at a horizon that `found` was trained for."""
-    if not len(sample["ts"]):
+def some_outcome(
+    sample: Mapping[str, NDArray[Any]] | None, found: artifacts.Artifact, root: str | Path
+) -> Mapping[str, NDArray[Any]]:
+    """`sample` itself. Raises InputError where no decision of it has an outcome at a horizon that `found` was trained for."""
+    if sample is None or not len(sample["ts"]):
         raise InputError(f"no decision in {root} after the training range of {found.path}: choose a later --end or other data")
     horizons = [h for h in range(H) if LABELS[h] in found.manifest["horizons_trained"]]
     if not np.isfinite(sample["move"][:, horizons]).any():
@@ -296,6 +298,7 @@ def some_outcome(sample: Mapping[str, NDArray[Any]], found: artifacts.Artifact, 
             f"{len(sample['ts']):,} decisions in {root} after the training range of {found.path}, and the data end before any of them has "
             f"an outcome ({LABELS[horizons[0]]} at the least): choose a later --end or other data"
         )
+    return sample
 
 
 # --- splits ---------------------------------------------------------------------------------------------------------------------------

@@ -175,7 +175,8 @@ def _trained_until(seen: tuple[int, int], span: Span) -> int:
     first, last = seen
     if first > span.last or last < span.first:
         return span.first - 1
-    return last + HORIZONS_NS[-1] if span.last <= last + HORIZONS_NS[-1] else _whole_session(last, span)
+    soon = last + HORIZONS_NS[-1]
+    return soon if span.last <= soon else _whole_session(last, span)
 
 
 def notes(p: Plan, altdata: Table | None = None) -> list[str]:
@@ -185,12 +186,12 @@ def notes(p: Plan, altdata: Table | None = None) -> list[str]:
     if p.config.artifacts is not None:
         from cift_models.artifacts import read
 
-        learnt = bool(read(p.config.artifacts).manifest.get("altdata"))
+        manifest = read(p.config.artifacts).manifest
+        learnt, (first, last) = bool(manifest.get("altdata")), (manifest["range"][end] for end in ("start", "end"))
         if learnt and altdata is None:
             out.append("the models were trained with alternative data and go without them here: give them with --altdata")
         if altdata is not None and not learnt:
             out.append("the models were trained without alternative data: what was given changes nothing")
-        first, last = trained_on(p.config.artifacts)
         if first > p.last:
             out.append(f"the models were trained on later data, {iso(first)} to {iso(last)}: nobody could have had them then")
         elif last >= p.first:

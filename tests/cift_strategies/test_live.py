@@ -408,8 +408,10 @@ def test_positions_and_kill_switch_are_there_before_the_models_are(small: Small,
     elif way == "the API":
         until(lambda: asked(url, "kill", (state / "token").read_text().strip()), process)
     until(lambda: not held(state), process)
-    under_way = {"lost at a restart", "not sent"}  # entries of the moment at which the process died
-    assert set(dict(rows(state, "select trade, by from closed")).values()) - under_way == {"killed"}
+    by = dict(rows(state, "select trade, by from closed"))
+    filled = {trade for (trade,) in rows(state, "select distinct trade from fills")}
+    assert {by[trade] for trade in filled} == {"killed"}
+    assert {by[trade] for trade in by.keys() - filled} <= {"lost at a restart", "not sent"}, "on their way when the process died"
     status = asked(url, "snapshot")
     assert status["node"]["state"] == "killed" and asked(url, "models/status")["version"] == ""
     process.send_signal(signal.SIGTERM)
