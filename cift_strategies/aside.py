@@ -14,6 +14,7 @@ from catalog.errors import InputError
 from catalog.events import read_catalog
 from cift_strategies.backtest import Plan, blocks, delay, stream
 from cift_strategies.outcome import Traded
+from cift_strategies.priority import behind
 from cift_strategies.workers import no_main
 
 
@@ -58,7 +59,7 @@ def _aside_process(pipe: Any, *arguments: Any) -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends this one
-    os.nice(5)  # the first process goes before
+    behind(5)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     try:
         pipe.send((aside(*arguments), None))

@@ -30,6 +30,7 @@ from catalog.progress import Steps
 from cift_strategies.live_config import LiveConfig, check, confirm, imported, locked
 from cift_strategies.live_models import ROOT, Prepared, prepare
 from cift_strategies.live_session import Session
+from cift_strategies.priority import ahead
 
 if TYPE_CHECKING:
     from cift_strategies.feeds.health import Health
@@ -53,6 +54,7 @@ def run(config: LiveConfig, ask: Callable[[str], str] = input) -> Path:
     kills: list[str] = []  # asked for by signal or API before there is a node; by itself the signal would end the process
     before = {n: signal.signal(n, how) for n, how in ((signal.SIGTERM, _interrupt), (signal.SIGUSR1, lambda *_: kills.append("SIGUSR1")))}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # run_live.py held it back
+    ahead()
     try:
         with locked(config.state), contextlib.ExitStack() as stack:
             return _run(config, stack, kills)

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import gc
 import json
-import os
 import signal
 import socket
 import sys
@@ -19,6 +18,7 @@ import typer
 import uvicorn
 
 from catalog.errors import InputError, exit_code, run_typer
+from cift_strategies.priority import behind
 from cift_strategies.server.app import make_app
 from cift_strategies.server.guard import LOCAL, Guard, Rates, Requests, token
 from cift_strategies.server.link import Reader
@@ -48,7 +48,7 @@ def serve(
     with_parent: Annotated[bool, typer.Option("--with-parent", hidden=True, help="end when standard input ends")] = False,
 ) -> None:
     if with_parent:
-        _go_behind()
+        behind(NICE)
     secret = token(state / "token")
     listener = listen(host, port)
     where = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{listener.getsockname()[1]}"
@@ -65,14 +65,6 @@ def serve(
     )  # fmt: skip
     told = {"url": where, "token_file": str((state / "token").resolve())}
     asyncio.run(_run(_Server(config), listener, reader, told, with_parent))
-
-
-def _go_behind() -> None:
-    """Yield to the node. This process's own priority counts within its session only, where Linux gives each session the same share
-    (autogroups, sched(7)), so its session's is lowered too."""
-    os.nice(NICE)
-    with contextlib.suppress(OSError):  # there are none here
-        Path("/proc/self/autogroup").write_text(str(NICE))
 
 
 def listen(host: str, port: int) -> socket.socket:
