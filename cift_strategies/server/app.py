@@ -225,4 +225,4 @@ def _document(app: FastAPI) -> None:
         schemas[model.__name__].pop("$defs", None)
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    app.openapi_schema = told
+    app.openapi = lambda: told  # type: ignore[method-assign]
