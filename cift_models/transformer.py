@@ -120,10 +120,10 @@ class Transformer:
             if not len(rows):
                 continue
             y, n = lessons.y[rows, h], lessons.worth[1, h]
-            z, straight = raw[there, h].astype(np.float64), self.lines.scores(data.straight(rows))[:, h]
-            self.share[h] = borne_out(z[:, :3], straight, y, n / len(rows), self.config)
-            self.lines.constant[h] += departure(straight + self.share[h] * z[:, :3], y, n / len(rows), self.config.steady)
             k = data.sample["instrument"][rows]
+            z, straight = raw[there, h].astype(np.float64), self.lines.scores(data.straight(rows), k)[:, h]
+            self.share[h] = borne_out(z[:, :3], straight, y, n / len(rows), self.config)
+            self.lines.constant[:, h] += departure(straight + self.share[h] * z[:, :3], y, n / len(rows), self.config.steady)
             moved, said = np.abs(lessons.move[rows, h]) / self.size[k, h], np.logaddexp(0, z[:, 3])
             self.size[:, h] *= (n * moved.mean() + 30) / (n * said.mean() + 30)
 

@@ -395,7 +395,7 @@ def answer(raw, x, columns, inst, usable, share, lines, constant, size, proba, m
                 continue
             top, total = -np.inf, 0.0
             for y in range(3):
-                proba[r, h, y] = constant[h, y] + share[h] * raw[r, OUT * h + y]
+                proba[r, h, y] = constant[inst[r], h, y] + share[h] * raw[r, OUT * h + y]
             for c in range(x.shape[1]):
                 if x[r, c] == x[r, c]:
                     for y in range(3):

@@ -66,6 +66,7 @@ class Config:
     beside: float = 0.2  # weight of the magnitude and the imbalance loss
     mirror: bool = True  # in every epoch half of the windows are seen with bid and ask exchanged
     ridge: float = 10.0  # belief that the newest row tells nothing: the coefficients of its lines are N(0, 1 / ridge)
+    alike: float = 30.0  # belief that instruments have the same class shares: departures of their constants are N(0, 1 / alike)
     prior: float = 1.0  # belief that windows add nothing to these: the share of it that counts is N(0, 1 / prior)
     steady: float = 30.0  # belief that class shares stay: departures of the constants are N(0, 1 / steady)
     doubt: float = 1.0  # standard errors by which the share is lowered; evidence counts independent labels of the calibration slice
@@ -265,30 +266,33 @@ class Lines(NamedTuple):
     """A multinomial logit of :meth:`Data.straight`: scores of down, flat and up are x @ slope + constant."""
 
     slope: F64  # (D, H, 3)
-    constant: F64  # (H, 3)
+    constant: F64  # (I, H, 3)
 
-    def scores(self, x: F64) -> F64:
-        """(n, H, 3) of inputs (n, D)."""
-        return np.einsum("nc,chy->nhy", x, self.slope) + self.constant
+    def scores(self, x: F64, instrument: NDArray[Any]) -> F64:
+        """(n, H, 3) of inputs (n, D) of instruments (n,)."""
+        return np.einsum("nc,chy->nhy", x, self.slope) + self.constant[instrument]
 
     @classmethod
     def fit(cls, lessons: Lessons, data: Data, config: Config, before: Self | None = None) -> Self:
         """Maximum a posteriori on the fit slice and its mirror image: departures of the slopes from `before` are N(0, 1 / config.ridge),
         the seconds of a column together weigh what another column does, and labels count as the independent ones that they are worth.
+        Where ticks or thresholds make an instrument's classes other than those of the rest, its constants say so, as far as labels do.
         The network then learns what windows tell on top of this ("wide and deep": Cheng et al. 2016), of which there is too little
         evidence to learn it all at once."""
         swap, sign = Mirror.of(data.columns).straight(data.columns)
         c, once = len(sign), len(data.columns)
-        ridge = np.array([config.ridge] * once + [config.ridge * SECONDS] * (c - once) + [0.0])
+        each = np.eye(len(data.centre))
+        ridge = np.array([config.ridge] * once + [config.ridge * SECONDS] * (c - once) + [config.alike] * len(each) + [0.0])
         slope = np.zeros((c, H, 3)) if before is None else before.slope.copy()
-        constant = np.log(lessons.rates)
+        constant = np.tile(np.log(lessons.rates), (len(each), 1, 1))
         for h in np.flatnonzero(lessons.usable):
             rows = lessons.fit[lessons.y[lessons.fit, h] >= 0]
-            x, y = data.straight(rows), lessons.y[rows, h].astype(np.int64)
-            x, y = np.concatenate([x, x[:, swap] * sign]), np.concatenate([y, 2 - y])
-            belief = np.column_stack([slope[:, h].T, constant[h]]), ridge
-            found = fit_logit(x, y, lessons.worth[0, h] / len(y), *belief)
-            slope[:, h], constant[h] = found[:, :-1].T, found[:, -1]
+            x, y, whose = data.straight(rows), lessons.y[rows, h].astype(np.int64), each[data.sample["instrument"][rows]]
+            x = np.block([[x, whose], [x[:, swap] * sign, whose]])
+            y = np.concatenate([y, 2 - y])
+            mean = np.column_stack([slope[:, h].T, np.zeros((3, len(each))), np.log(lessons.rates[h])])
+            found = fit_logit(x, y, lessons.worth[0, h] / len(y), mean, ridge)
+            slope[:, h], constant[:, h] = found[:, :c].T, (found[:, c:-1] + found[:, -1:]).T
         return cls(slope, constant)
 
 
@@ -342,7 +346,8 @@ def train(
     optimiser = torch.optim.AdamW(groups, lr=config.rate)
     key = _key(lessons, data, lines, seed, config, device, start)
     rest, mirror, plain = lessons.calibration, Mirror.of(data.columns).straight(data.columns), dataclasses.replace(config, smoothing=0.0)
-    straight, each = lines.scores(data.straight(rest)), weigh[1] / np.maximum((y[rest] >= 0).sum(axis=0), 1)
+    whose = data.sample["instrument"]
+    straight, each = lines.scores(data.straight(rest), whose[rest]), weigh[1] / np.maximum((y[rest] >= 0).sum(axis=0), 1)
 
     def later() -> float:
         raw = torch.from_numpy(outputs(w, data, rest, config.heads, device))
@@ -366,7 +371,7 @@ def train(
                 known = (told >= 0).sum(axis=0)
                 share = np.tile(weigh[0] / np.maximum(known, 1), (len(rows), 1))
                 x = data.straight(rows)
-                base = lines.scores(np.where(flip[:, None], x[:, mirror.swap] * mirror.sign, x))
+                base = lines.scores(np.where(flip[:, None], x[:, mirror.swap] * mirror.sign, x), whose[rows])
                 step = run.epoch * -(-n // config.batch) + at // config.batch
                 for group in optimiser.param_groups:
                     group["lr"] = config.rate * min((step + 1) / (0.1 * total), 0.5 + 0.5 * np.cos(np.pi * step / total))

@@ -94,7 +94,7 @@ def random_member(seed: int = 0, names=NAMES, n: int = 2, config: Config = SMALL
     w = {k: (0.3 * rng.normal(size=s) + k.split(".")[1].startswith(("norm", "gain"))).astype(np.float32)
          for k, s in transformer_train.shapes(len(columns), n, config).items()}  # fmt: skip
     own = rng.normal(size=(n, len(columns))), rng.uniform(0.5, 2, (n, len(columns)))
-    lines = Lines(0.3 * rng.normal(size=(len(Mirror.of(columns).straight(columns).sign), H, 3)), rng.normal(size=(H, 3)))
+    lines = Lines(0.3 * rng.normal(size=(len(Mirror.of(columns).straight(columns).sign), H, 3)), rng.normal(size=(n, H, 3)))
     learnt = np.array([True, True, True, False]), lines, np.full(H, 0.7), np.ones((n, H))
     return Transformer(names, columns, config, w, *own, *learnt)
 
@@ -453,21 +453,43 @@ def test_the_lines_are_the_most_probable_ones(block):
     data = transformer_train.Data(sample, *lessons.scalers(sample), tuple(columns))
     lines = Lines.fit(lessons, data, SMALL)
     mirror = transformer_train.Mirror.of(columns).straight(columns)
-    x = data.straight(lessons.fit)
+    x, k = data.straight(lessons.fit), sample["instrument"][lessons.fit]
     y = lessons.y[lessons.fit, 0]
-    x, y = np.concatenate([x[y >= 0], x[y >= 0][:, mirror.swap] * mirror.sign]), np.concatenate([y[y >= 0], 2 - y[y >= 0]])
+    x, k = np.concatenate([x[y >= 0], x[y >= 0][:, mirror.swap] * mirror.sign]), np.tile(k[y >= 0], 2)
+    y = np.concatenate([y[y >= 0], 2 - y[y >= 0]])
 
     def lost(slope, constant):
-        told = log_softmax(x @ slope + constant, axis=1)[np.arange(len(y)), y].sum()
+        told = log_softmax(x @ slope + constant[k], axis=1)[np.arange(len(y)), y].sum()
         belief = (slope[: len(columns)] ** 2).sum() + SECONDS * (slope[len(columns) :] ** 2).sum()
-        return SMALL.ridge / 2 * belief - lessons.worth[0, 0] / len(y) * told
+        apart = SMALL.alike / 2 * ((constant - constant.mean(axis=0)) ** 2).sum()
+        return SMALL.ridge / 2 * belief + apart - lessons.worth[0, 0] / len(y) * told
 
-    rng, least = np.random.default_rng(0), lost(lines.slope[:, 0], lines.constant[0])
+    rng, least = np.random.default_rng(0), lost(lines.slope[:, 0], lines.constant[:, 0])
     for _ in range(20):
-        u, v = rng.normal(size=(x.shape[1], 3)), rng.normal(size=3)
-        assert min(lost(lines.slope[:, 0] + e * u, lines.constant[0] + e * v) for e in (-0.03, 0.03)) > least
-    away = lines.scores(x[:, mirror.swap] * mirror.sign)[:, 0, ::-1] - lines.scores(x)[:, 0]
+        u, v = rng.normal(size=(x.shape[1], 3)), rng.normal(size=(2, 3))
+        assert min(lost(lines.slope[:, 0] + e * u, lines.constant[:, 0] + e * v) for e in (-0.03, 0.03)) > least
+    away = lines.scores(x[:, mirror.swap] * mirror.sign, k)[:, 0, ::-1] - lines.scores(x, k)[:, 0]
     assert np.abs(away - away.mean(axis=1, keepdims=True)).max() < 0.02, "bid and ask exchanged, up and down are"
+
+
+def test_an_instrument_whose_classes_begin_at_another_move_has_constants_of_its_own(block):
+    from scipy.special import softmax
+
+    study, sample, columns = study_of(block), gather([block]).sample(), [c for c in COLUMNS if c in NAMES]
+    lessons = transformer_lessons.Lessons.of(study, sample)
+    data = transformer_train.Data(sample, *lessons.scalers(sample), tuple(columns))
+    y, second = lessons.y.copy(), np.flatnonzero(sample["instrument"] == 1)
+    y[second[::2]] = np.where(y[second[::2]] >= 0, 1, -1)  # half of its labels become flat
+    own, none = (Lines.fit(lessons._replace(y=y), data, dataclasses.replace(SMALL, alike=a)) for a in (SMALL.alike, 1e6))
+    flat = own.constant[:, 0, 1] - own.constant[:, 0, [0, 2]].mean(axis=1)
+    assert flat[1] > flat[0] + 0.5 and np.ptp(none.constant, axis=0).max() < 0.01
+    rows = lessons.fit[y[lessons.fit, 0] >= 0]
+
+    def lost(lines):
+        z = lines.scores(data.straight(rows), sample["instrument"][rows])[:, 0]
+        return log_loss(softmax(z, axis=1), y[rows, 0]).mean()
+
+    assert lost(own) < lost(none) - 0.01
 
 
 def test_windows_and_labels_belong_together_and_do_not_depend_on_cuts(block):
