@@ -2,7 +2,9 @@
 
 Takes EVENT blocks of many instruments, gives direction votes at every batch close. One process (`hawkes_process.py`, `hawkes_path.py`) and
 one multinomial logistic map per instrument and horizon: P(down, flat, up) from the imbalances of intensity now, of recent events per
-decay and of the events expected over the horizon, and from how busy the market is (Bacry, Mastromatteo, Muzy 2015, sec. 4).
+decay and of the events expected over the horizon, and from how busy the market is (Bacry, Mastromatteo, Muzy 2015, sec. 4). Where the
+likelihood puts its decays (one on the events of a single message, often) need not be where the mid is told, so the map has memories of
+its own beside them: decays that excite nothing.
 """
 
 from __future__ import annotations
@@ -259,7 +261,8 @@ class Hawkes:
     """The member: one process and one direction map per instrument of the training table; an instrument without them abstains.
 
     At each close the votes follow from the state just after the closing event, so they depend on no later event, and on no cut of the
-    stream into blocks. Arrays by instrument I and horizon H: `mu` (I, D, B), `alpha` (I, K, D, D), `beta` (I, K), `count_S` (I, H, D, KD),
+    stream into blocks. Arrays by instrument I, horizon H and decay K (the process's, then the map's own memories, whose `alpha` is 0):
+    `mu` (I, D, B), `alpha` (I, K, D, D), `beta` (I, K), `count_S` (I, H, D, KD),
     `count_mu` (I, H, D, D), `usual` (I, D), `center`, `scale` (I, H, F), `coef` (I, H, 3, F + 1), `size` (I, H) ticks, `fitted` (I,),
     `report` (I, 4): events, nats per event over Poisson, spectral radius, converged.
     """
@@ -277,7 +280,7 @@ class Hawkes:
     def untrained(cls, ids: tuple[str, ...], config: Config | None = None) -> Self:
         """A member that abstains throughout."""
         config = config or Config()
-        N, H, D, K = len(ids), len(HORIZONS_NS), len(config.types), config.decays
+        N, H, D, K = len(ids), len(HORIZONS_NS), len(config.types), config.decays + len(config.memories)
         F = len(_pairs(config.types)) * (2 + K) + 2
         shapes = {
             "mu": (N, D, config.bins), "alpha": (N, K, D, D), "beta": (N, K), "count_S": (N, H, D, K * D), "count_mu": (N, H, D, D),
@@ -287,6 +290,7 @@ class Hawkes:
         z["coef"][:], z["size"][:] = np.nan, np.nan
         for name in ("mu", "beta", "usual", "scale"):
             z[name][:] = 1.0
+        z["beta"][:, config.decays :] = config.memories
         return cls(config, ids, z)
 
     @staticmethod
@@ -324,11 +328,12 @@ class Hawkes:
                     for name in ARRAYS:
                         z[name][r] = start.arrays[name][r]
                 continue
-            params, maps = fit.params, [ahead(fit.params, s) for s in me._seconds]
-            z["mu"][r], z["alpha"][r], z["beta"][r] = params
+            z["mu"][r], z["alpha"][r, : config.decays], z["beta"][r, : config.decays] = fit.params
+            params = Params(*(z[name][r] for name in Params._fields))
+            maps = [ahead(params, s) for s in me._seconds]
             z["count_S"][r], z["count_mu"][r] = [m.count_S for m in maps], [m.count_mu for m in maps]
             z["usual"][r] = fit.rate
-            z["report"][r] = fit.events, fit.loglik - fit.poisson, params.radius, fit.converged
+            z["report"][r] = fit.events, fit.loglik - fit.poisson, fit.params.radius, fit.converged
             z["fitted"][r] = True
             me._fit_maps(r, study, t, kind, holes)
         if not z["fitted"].any():
@@ -366,7 +371,8 @@ class Hawkes:
 
     def process(self, instrument: int) -> Params:
         """The fitted process of an instrument: to forecast, simulate or test it."""
-        return Params(*(self.arrays[name][instrument] for name in ("mu", "alpha", "beta")))
+        z, k = self.arrays, self.config.decays
+        return Params(z["mu"][instrument], z["alpha"][instrument, :k], z["beta"][instrument, :k])
 
     def new_state(self) -> State:
         """Empty histories; instruments are those of the training table, in its order."""

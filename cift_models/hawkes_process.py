@@ -52,6 +52,7 @@ class Config(BaseModel):
     types: tuple[str, ...] = ("buy", "sell", "cancel_ask", "cancel_bid", "add_bid", "add_ask")
     decays: int = Field(default=3, ge=1, le=8)  # K: 1 is the exponential kernel, more a sum of exponentials
     decay_range: tuple[float, float] = (0.02, 10_000.0)
+    memories: tuple[float, ...] = (2.0,)  # 1/s: the direction map looks at recent events at these decays too, whatever the process's are
     max_radius: float = Field(default=0.999, gt=0, lt=1)  # the spectral radius of G stays below this
     bins: int = Field(default=24, ge=1)  # pieces of the UTC day in which the baseline is constant
     smooth: float = Field(default=1.0, gt=0)  # pulls log mu of each bin towards their mean; a bin never seen gets the mean
@@ -77,6 +78,13 @@ class Config(BaseModel):
     def _range(cls, v: tuple[float, float]) -> tuple[float, float]:
         if not 0 < v[0] < v[1]:
             raise ValueError("decay_range must be two positive decays, the smaller first")
+        return v
+
+    @field_validator("memories")
+    @classmethod
+    def _positive(cls, v: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(b > 0 for b in v) or len(v) > 4:
+            raise ValueError("memories must be positive decays, four at most")
         return v
 
     @field_validator("bins")

@@ -17,7 +17,7 @@ from catalog.events import ADD, CANCEL, EVENT, F_SNAPSHOT, F_TOB, MODIFY, SCALE,
 from cift_models import hawkes, hawkes_path
 from cift_models.hawkes import Config, Gatherer, Hawkes
 from cift_models.hawkes_path import Online
-from cift_models.hawkes_process import Coordinates, Params, fit_process, loglik, observe
+from cift_models.hawkes_process import TYPES, Coordinates, Params, fit_process, loglik, observe
 from cift_models.labels import NEVER, Labeller, Study, Table, classify, fit_thresholds, walk_forward
 from cift_models.windows import HORIZONS_NS, Block, closes, new_batches
 
@@ -442,6 +442,26 @@ def learn(events: np.ndarray, mid: np.ndarray) -> tuple[Hawkes, Study, Block]:
 @pytest.fixture(scope="module")
 def fitted() -> tuple[Hawkes, Study, Block]:
     return learn(*market(1))
+
+
+def test_the_map_has_memories_of_its_own_that_excite_nothing(fitted: tuple[Hawkes, Study, Block]) -> None:
+    member, _, block = fitted
+    state = member.new_state()
+    member.predict(block, state)
+    z, k = member.arrays, member.config.decays
+    assert member.config.memories == (2.0,) and len(member.process(0).beta) == k and not z["alpha"][:, k:].any()
+    e = block.events[block.events["instrument"] == 0]
+    last = int(e["ts_init"][-1])
+    for j, name in enumerate(member.config.types):
+        action, side, _ = TYPES[name]
+        mine = (e["action"] == action) & ((e["side"] == side) | (side is None)) & (e["ts_init"] < last)
+        want = np.exp(-2.0 * (last - e["ts_init"][mine]) * 1e-9).sum()
+        np.testing.assert_allclose(state.S[0, k, j], want, rtol=1e-9)
+    one = hawkes_path.ahead(member.process(0), 1.0)
+    np.testing.assert_allclose(z["count_S"][0, 1][:, : k * len(member.config.types)], one.count_S, rtol=1e-6, atol=1e-12)
+    assert np.abs(z["count_S"][0, 1][:, k * len(member.config.types) :]).max() < 1e-12, "so they foretell no event either"
+    with pytest.raises(ValueError, match="memories must be positive"):
+        Config(memories=(2.0, -1.0))
 
 
 def test_a_refit_climbs_from_the_old_parameters_and_keeps_an_instrument_that_has_gone_quiet(fitted):
