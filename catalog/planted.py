@@ -15,7 +15,7 @@ adders and cancellers of one side alike, so that quotes flicker there and depth 
 noise at t + echo is correlated with dW at t by `heard`.
 
 Order flow. Immigrants of six types (take, add, cancel, on each side) are Poisson given the hidden state: informed takers lean
-to the flow's signal, adders and cancellers to the book's, and to a crowd's mood that knows nothing. Each arrival begets others
+to the flow's signal, adders and cancellers to the book's. Each arrival begets others
 (branching matrix, log-normal delays, generation by generation: the cluster representation of Hawkes and Oakes 1974); takers in instrument 0
 beget takers in the others after the lag.
 
@@ -65,22 +65,20 @@ class Plan:
         (0.30, 0.175, 0.175, 0.0, 0.35),
         (0.20, 0.0, 0.20, 0.60, 0.0),
     )
-    alpha: tuple[float, ...] = (0.26, 0.12, 0.10, 0.50)  # expected return of each of SIGNALS at 1, in sigma per s
-    tau: tuple[float, ...] = (9.0, 12.0, 20.0, 1.2)  # s, memory of each
+    alpha: tuple[float, ...] = (0.24, 0.85, 0.15, 0.66)  # expected return of each of SIGNALS at 1, in sigma per s
+    tau: tuple[float, ...] = (6.0, 0.6, 8.0, 1.1)  # s, memory of each
     gain: tuple[tuple[float, ...], ...] = (  # of each signal but the echo, which always counts 1, by regime
         (1.0, 1.0, 1.0, 0.2, -0.5),
         (1.0, 1.0, 1.0, 1.0, 1.0),
         (1.0, 1.0, 1.0, 1.0, 1.0),
     )
     echo: float = 12.0  # s from a move to its echo
-    heard: float = 0.58  # correlation of the echo with that move
+    heard: float = 0.51  # correlation of the echo with that move
     beta: float = 0.6  # share of instrument 0 in the others
     lags: tuple[float, ...] = (0.0, 0.06, 0.24, 0.12, 0.40, 0.18, 0.30, 0.09)  # s behind instrument 0
     informed: float = 0.95  # share of takers who know the flow's signal
-    lean: float = 0.9  # of adders and cancellers who know the book's signal; they follow the crowd as well
-    heed: float = 0.5  # weight of the flow's signal beside the book's, by which they add on its side and cancel on the other
-    crowd: float = 1.0  # weight of the crowd's mood, which knows nothing, beside the book's signal
-    mood: float = 1.0  # s, memory of that mood
+    lean: float = 1.0  # share of adders and cancellers who know the book's signal
+    heed: float = 0.4  # weight of the flow's signal beside the book's, by which they add on its side and cancel on the other
     picked: float = 0.25  # stale quotes that informed traders take before the maker withdraws them
     look: float = 70.0  # per s, how often a maker looks at the efficient price
     base: tuple[float, ...] = (1.0, 1.0, 2.8, 2.8, 2.0, 2.0)  # immigrants per s
@@ -204,12 +202,10 @@ def flow(rng: np.random.Generator, plan: Plan, hidden: Hidden) -> tuple[Floats, 
     share = np.array([plan.informed] * 2 + [plan.lean] * 4)
     times, kinds, whose = [], [], []
     for i in range(instruments):
-        mood = _ou(rng.standard_normal(len(activity)), float(np.exp(-every * GRID_S / plan.mood)))
         known, seen = (shared(plan, of, i)[::every] for of in hidden.x[:2])
         if plan.null:
             known, seen = np.zeros((2, len(activity)))
-        felt = (seen + plan.crowd * mood) / np.hypot(1.0, plan.crowd)
-        leaning = np.tanh(np.stack([known] * 2 + [felt + plan.heed * known] * 2 + [felt - plan.heed * known] * 2))
+        leaning = np.tanh(np.stack([known] * 2 + [seen + plan.heed * known] * 2 + [seen - plan.heed * known] * 2))
         rate = np.array(plan.base)[:, None] * activity * (1 + (sign * share)[:, None] * leaning)
         counts = rng.poisson(rate * every * GRID_S)
         kind, cell = np.nonzero(counts)

@@ -35,7 +35,7 @@ class Told(NamedTuple):
 
 
 PLANTED: Final = {
-    "social_sentiment": Told("news", 0.95, 2.0, 0.5, lambda z: np.tanh(z / 2)),
+    "social_sentiment": Told("news", 0.95, 1.0, 0.3, lambda z: np.tanh(z / 2)),
     "social_volume": Told("volatility", 0.7, 3.0, 0.5, lambda z: np.round(40 * np.exp(0.5 * z))),
     "atm_iv": Told("volatility", 0.8, 5.0, 1.0, lambda z: 0.30 * np.exp(0.15 * z)),
     "skew_25d": Told("trend", 0.9, 5.0, 1.0, lambda z: 0.05 - 0.02 * z),

@@ -49,7 +49,7 @@ from catalog.planted import (
 )
 from catalog.progress import Steps
 
-FORMAT: Final = 3  # of a market on disk; one of another format is made anew
+FORMAT: Final = 4  # of a market on disk; one of another format is made anew
 DATASET: Final = "XNAS.ITCH"
 SESSION: Final = "09:30-16:00 America/New_York"  # the recorded part ends at the close
 FIRST_DAY: Final = "2025-03-10"
