@@ -65,10 +65,10 @@ class Plan:
         (0.30, 0.175, 0.175, 0.0, 0.35),
         (0.20, 0.0, 0.20, 0.60, 0.0),
     )
-    alpha: tuple[float, ...] = (0.24, 0.85, 0.15, 0.66)  # expected return of each of SIGNALS at 1, in sigma per s
+    alpha: tuple[float, ...] = (0.24, 0.80, 0.17, 0.66)  # expected return of each of SIGNALS at 1, in sigma per s
     tau: tuple[float, ...] = (6.0, 0.6, 8.0, 1.1)  # s, memory of each
     gain: tuple[tuple[float, ...], ...] = (  # of each signal but the echo, which always counts 1, by regime
-        (1.0, 1.0, 1.0, 0.2, -0.5),
+        (1.0, 1.0, 1.0, 0.0, -0.5),
         (1.0, 1.0, 1.0, 1.0, 1.0),
         (1.0, 1.0, 1.0, 1.0, 1.0),
     )

@@ -394,7 +394,8 @@ def planted(tmp_path_factory):
     from catalog.synthetic import make_market
     from cift_models.train import gather
 
-    loud = Plan(alpha=(0.2, 0.1, 0.2, 0.0), heard=0.0)  # news move prices more than in the demo market, whose sessions are longer
+    # news move prices more, and for longer, than in the demo market, whose sessions are longer
+    loud = Plan(alpha=(0.2, 0.1, 0.2, 0.0), tau=(9.0, 12.0, 20.0, 1.2), heard=0.0)
     made = make_market(tmp_path_factory.mktemp("planted") / "market", seed=21, sessions=2, events=400_000, instruments=2, plan=loud)
     events, instruments = zip(*(read_dbn(f) for f in made.mbo))
     first, second = (gather(lambda e=e, i=i: (i, [e]), {}, 60_000) for e, i in zip(events, instruments))
