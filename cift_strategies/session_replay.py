@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import math
 import shutil
 import tempfile
 import time
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from catalog.errors import InputError
-from catalog.events import CLEAR, F_MBP, F_TOB, TRADE, Instrument
+from catalog.events import CLEAR, F_MBP, F_TOB, SCALE, TRADE, Instrument
 from catalog.progress import Steps
 from catalog.status import OPEN
 from cift_strategies import intake
@@ -206,6 +207,7 @@ class Teller:
         self._theirs, self._ours = places, Places()
         self._numbers: dict[int, Any] = {}  # client order ids of the strategy's orders, by their numbers
         self._known = self._heard = self._given = 0  # orders that are in it, events of orders, and events of the market, until now
+        self._unpriced = {k for k, x in enumerate(system.strategy.terms.instruments) if x.level > 1}
         self._running: asyncio.Task[Any] | None = None
         self.told = self.missing = self.untold = 0
         Witness(system, self._note)
@@ -268,6 +270,24 @@ class Teller:
                 if self._given >= at:
                     break
             await self._until(lambda: features.vectors >= self._given, None)
+            await self._price()
+
+    async def _price(self) -> None:
+        """Tell the node the best prices of each book once, as a feed does: from deltas alone it takes none before the first trade, and
+        denies orders at the market."""
+        from nautilus_trader.model import Price, Quantity, QuoteTick
+
+        cache = self.strategy.cache
+        for k in sorted(self._unpriced):
+            x, vector = self.strategy.terms.instruments[k], self.strategy.last[k]
+            if vector is not None and math.isfinite(vector.mid):
+                self._unpriced.remove(k)
+                half = vector.spread * x.tick / SCALE / 2
+                bid, ask = (Price(vector.mid + side * half, x.price_precision) for side in (-1, 1))
+                one = Quantity(1, x.size_precision)
+                id_ = self.strategy.ids[k]
+                self._link.give(QuoteTick(id_, bid, ask, one, one, self._clock.at, self._clock.at))
+                await self._until(lambda id_=id_: cache.has_quote_ticks(id_))  # type: ignore[misc]
 
     async def _turn(self, kind: str, what: Any) -> None:
         s = self.strategy

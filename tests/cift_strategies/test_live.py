@@ -287,6 +287,7 @@ def test_a_session_that_goes_on_is_replayed_with_what_it_began_with(small: Small
     same = json.loads((out / "session.json").read_text())
     for kind in ("features", "predictions", "orders"):
         assert same[kind]["recorded"] == same[kind]["equal"] > 0 and same[kind]["differ"] == []
+    assert not rows(state, "select * from orders where session = 2 and role = 'seed' and event = 'OrderDenied'"), "there was a price"
     sent = set(rows(state, "select number from sent where session = 2"))
     told = set(rows(state, "select number from orders where session = 2 and event = 'OrderInitialized'"))
     signals = rows(state, "select * from signals where session = 2")
