@@ -180,10 +180,12 @@ class Recovery:
         self.waits |= {k for k, _ in again}
 
     def ready(self, k: int) -> bool:
-        """Whether there is something to do about instrument `k` now: it has prices, for us and for the node, which denies orders at the
-        market before; and no seed is under way or to be waited with."""
+        """Whether there is something to do about instrument `k` now: it has prices, for a seed those too without which the node denies
+        orders at the market; and no seed is under way or to be waited with."""
         s, vector, seed, id_ = self.strategy, self.strategy.last[k], self._seeds.get(k), self.strategy.ids[k]
-        if vector is None or not math.isfinite(vector.mid) or not (s.cache.has_quote_ticks(id_) or s.cache.has_trade_ticks(id_)):
+        if vector is None or not math.isfinite(vector.mid):
+            return False
+        if self.simulated and not (s.cache.has_quote_ticks(id_) or s.cache.has_trade_ticks(id_)):
             return False
         if seed is None or s.trades[k] is None:
             return True
