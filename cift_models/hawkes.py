@@ -262,9 +262,9 @@ class Hawkes:
 
     At each close the votes follow from the state just after the closing event, so they depend on no later event, and on no cut of the
     stream into blocks. Arrays by instrument I, horizon H and decay K (the process's, then the map's own memories, whose `alpha` is 0):
-    `mu` (I, D, B), `alpha` (I, K, D, D), `beta` (I, K), `count_S` (I, H, D, KD),
-    `count_mu` (I, H, D, D), `usual` (I, D), `center`, `scale` (I, H, F), `coef` (I, H, 3, F + 1), `size` (I, H) ticks, `fitted` (I,),
-    `report` (I, 4): events, nats per event over Poisson, spectral radius, converged.
+    `mu` (I, D, B), `alpha` (I, K, D, D), `beta` (I, K), `count_S` (I, H, D, KD), `count_mu` (I, H, D, D), `usual` (I, D), `center`,
+    `scale` (I, H, F), `coef` (I, H, 3, F + 1), `size` (I, H) ticks, `fitted` (I,), `report` (I, 4): events, nats per event over Poisson,
+    spectral radius, converged.
     """
 
     name = "hawkes"

@@ -277,17 +277,16 @@ class Teller:
         denies orders at the market."""
         from nautilus_trader.model import Price, Quantity, QuoteTick
 
-        cache = self.strategy.cache
+        s = self.strategy
         for k in sorted(self._unpriced):
-            x, vector = self.strategy.terms.instruments[k], self.strategy.last[k]
+            id_, x, vector = s.ids[k], s.terms.instruments[k], s.last[k]
             if vector is not None and math.isfinite(vector.mid):
                 self._unpriced.remove(k)
                 half = vector.spread * x.tick / SCALE / 2
                 bid, ask = (Price(vector.mid + side * half, x.price_precision) for side in (-1, 1))
                 one = Quantity(1, x.size_precision)
-                id_ = self.strategy.ids[k]
                 self._link.give(QuoteTick(id_, bid, ask, one, one, self._clock.at, self._clock.at))
-                await self._until(lambda id_=id_: cache.has_quote_ticks(id_))  # type: ignore[misc]
+                await self._until(lambda id_=id_: s.cache.has_quote_ticks(id_))  # type: ignore[misc]
 
     async def _turn(self, kind: str, what: Any) -> None:
         s = self.strategy
