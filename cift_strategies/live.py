@@ -54,9 +54,8 @@ def run(config: LiveConfig, ask: Callable[[str], str] = input) -> Path:
     kills: list[str] = []  # asked for by signal or API before there is a node; by itself the signal would end the process
     before = {n: signal.signal(n, how) for n, how in ((signal.SIGTERM, _interrupt), (signal.SIGUSR1, lambda *_: kills.append("SIGUSR1")))}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # run_live.py held it back
-    ahead()
     try:
-        with locked(config.state), contextlib.ExitStack() as stack:
+        with ahead(), locked(config.state), contextlib.ExitStack() as stack:
             return _run(config, stack, kills)
     finally:
         for number, how in before.items():

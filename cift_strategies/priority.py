@@ -12,6 +12,7 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -28,9 +29,14 @@ class _Attributes(ctypes.Structure):
     ]  # fmt: skip
 
 
-def ahead() -> None:
-    """Let this thread, and the threads and processes that it starts, run as soon as they wake."""
+@contextlib.contextmanager
+def ahead() -> Iterator[None]:
+    """Within, this thread, and the threads and processes that it starts, run as soon as they wake."""
     _turn(TURN_NS)
+    try:
+        yield
+    finally:
+        _turn(0)
 
 
 def behind(nice: int) -> None:

@@ -29,29 +29,29 @@ def turn() -> tuple[int, int]:
 
 def main() -> None:
     usual = turn()
-    ahead()
-    found = [usual, turn()]
-    thread = threading.Thread(target=lambda: found.append(turn()))
-    thread.start()
-    thread.join()
-    child = [sys.executable, "-c", "import test_priority as t; t.behind(3); print(*t.turn())"]
-    told = subprocess.run(child, capture_output=True, text=True, check=True, env=os.environ).stdout.split()
-    print(json.dumps([*found, [int(x) for x in told]]))
+    with ahead():
+        found = [usual, turn()]
+        thread = threading.Thread(target=lambda: found.append(turn()))
+        thread.start()
+        thread.join()
+        child = [sys.executable, "-c", "import test_priority as t; t.behind(3); print(*t.turn())"]
+        told = subprocess.run(child, capture_output=True, text=True, check=True, env=os.environ).stdout.split()
+    print(json.dumps([*found, [int(x) for x in told], turn()]))
 
 
 @pytest.mark.skipif(KERNEL < (6, 12) or platform.machine() not in SET_ATTRIBUTES, reason="turns can be asked for since Linux 6.12")
-def test_who_is_ahead_has_short_turns_with_all_its_threads_and_who_is_behind_has_not() -> None:
+def test_who_is_ahead_has_short_turns_with_all_its_threads_until_it_leaves_and_who_is_behind_has_not() -> None:
     path = os.pathsep.join((str(ROOT), str(Path(__file__).parent)))
     command = [sys.executable, "-c", "import test_priority; test_priority.main()"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path})
     (usual, nice), *rest = json.loads(done.stdout)
     assert usual > TURN_NS
-    assert rest == [[TURN_NS, nice], [TURN_NS, nice], [usual, min(19, nice + 3)]]
+    assert rest == [[TURN_NS, nice], [TURN_NS, nice], [usual, min(19, nice + 3)], [usual, nice]]
 
 
 def test_a_machine_of_another_kind_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     before = os.getpriority(os.PRIO_PROCESS, 0)
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
-    ahead()
-    behind(0)
+    with ahead():
+        behind(0)
     assert os.getpriority(os.PRIO_PROCESS, 0) == before
