@@ -1,10 +1,12 @@
 """What 200 WebSocket clients and 500 requests a second cost a node that trades beside them, and how soon they are answered.
 
-Paper sessions of the same stretch of the demo market at its own pace (CIFT_SPEED: so many times as fast), by turns with and without load
-(CIFT_PAIRS of each): the market's bursts meet both alike, and every prediction is compared with itself. Shown as extra_info: p50 and p99
-of the time from an event's coming to the node to the strategy's decision on the prediction made of it (wall-clock ms; `stamp`: from when
-the event happened, so with the replaying gateway's delays), calm and under load, the ratio of the p99s with a 90 % interval (pairs of
-sessions, and pieces of the stretch, drawn anew), p50 and p99 of GETs, CPU seconds per second of server and load.
+Paper sessions of the same stretch of the demo market at its own pace (CIFT_SPEED: so many times as fast), by turns (CIFT_TURNS of
+each): calm, under load, and with the same load put on a server that has nothing to do with the node (`plain_server.py`, the yardstick: what
+that costs is the sharing of cores and caches, not the node's doing). The market's bursts meet all alike, and every prediction is compared
+with itself. Shown as extra_info: p50 and p99 of the time from an event's coming to the node to the strategy's decision on the prediction
+made of it (wall-clock ms; `stamp`: from when the event happened, so with the replaying gateway's delays), the ratios of the p99s (load to
+calm, plain to calm, load to plain), each with a 90 % interval (turns, and pieces of the stretch, drawn anew), p50 and p99 of GETs, CPU
+seconds per second of either server and of the load.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ import httpx
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-PAIRS, SPEED = int(os.environ.get("CIFT_PAIRS", "5")), float(os.environ.get("CIFT_SPEED", "1"))
+TURNS, SPEED = int(os.environ.get("CIFT_TURNS", "5")), float(os.environ.get("CIFT_SPEED", "1"))
+WHEN = ("calm", "load", "plain")
 SETTLE, SECONDS, PIECE = 10.0, 45.0, 5.0  # s after the models are there, s that count, s of the stretch that are drawn together
 CLIENTS, RATE = 200, 500.0
 READY_S = 300.0
@@ -44,9 +47,11 @@ class Session:
         self.node.wait(120)
         return np.load(self.timed)
 
-    def server_cpu_s(self) -> float:
-        fields = Path(f"/proc/{self.server}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+def cpu_s(pid: int) -> float:
+    """CPU seconds that a process has had."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
@@ -104,12 +109,24 @@ def load(url: str) -> Iterator[dict[str, Any]]:
             x.wait()
 
 
+@contextmanager
+def plain() -> Iterator[tuple[str, int]]:
+    """URL and process id of the server that is the yardstick."""
+    command = [sys.executable, "tests/bench/plain_server.py"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as server:
+        assert server.stdout is not None
+        try:
+            yield server.stdout.readline().strip(), server.pid
+        finally:
+            server.kill()
+
+
 def ratio(took: Any, piece: Any) -> tuple[float, float, float]:
-    """p99 under load over p99 without of `took` (PAIRS, 2, n), calm and load, and its 90 % interval: pairs and pieces (n,) drawn anew."""
+    """The second's p99 over the first's of `took` (TURNS, 2, n), and its 90 % interval: turns and pieces (n,) drawn anew."""
 
     def of(some: Any) -> float:
-        calm, load = (np.quantile(some[:, k], 0.99) for k in (0, 1))
-        return float(load / calm)
+        first, second = (np.quantile(some[:, k], 0.99) for k in (0, 1))
+        return float(second / first)
 
     rng, pieces = np.random.default_rng(1), [np.flatnonzero(piece == x) for x in np.unique(piece)]
     drawn = []
@@ -128,42 +145,49 @@ def together(sessions: list[Any]) -> tuple[Any, Any]:
 
 
 def test_load_on_the_server_and_the_nodes_latency(benchmark: Any, tmp_path: Path) -> None:
-    found: dict[str, list[Any]] = {"calm": [], "load": []}
-    cpu: dict[str, float] = {"calm": 0.0, "load": 0.0}
-    loads: list[dict[str, Any]] = []
+    found: dict[str, list[Any]] = {when: [] for when in WHEN}
+    cpu = dict.fromkeys(WHEN, 0.0)
+    loads: dict[str, list[dict[str, Any]]] = {when: [] for when in WHEN}
 
     def run(when: str) -> None:
-        with session(tmp_path / f"{when}-{len(found[when])}") as s:
-            with load(s.url) if when == "load" else nullcontext() as told:
+        with ExitStack() as stack:
+            s = stack.enter_context(session(tmp_path / f"{when}-{len(found[when])}"))
+            url, server = stack.enter_context(plain()) if when == "plain" else (s.url, s.server)
+            with load(url) if when != "calm" else nullcontext() as told:
                 time.sleep(SETTLE)
-                before = s.server_cpu_s()
+                before = cpu_s(server)
                 time.sleep(SECONDS)
-                cpu[when] += s.server_cpu_s() - before
-            loads.extend([told] if told else [])
+                cpu[when] += cpu_s(server) - before
+            loads[when].extend([told] if told else [])
             found[when].append(s.end())
 
     def runs() -> None:
-        for n in range(PAIRS):  # either goes first as often, so that what drifts meets both alike
-            for when in ("calm", "load") if n % 2 else ("load", "calm"):
-                run(when)
+        for n in range(TURNS):  # each goes first as often, so that what drifts meets all alike
+            for k in range(len(WHEN)):
+                run(WHEN[(n + k) % len(WHEN)])
 
     benchmark.pedantic(runs, rounds=1)
-    keys, took = together(found["calm"] + found["load"])
+    keys, took = together([x for when in WHEN for x in found[when]])
     first = keys[-1, 1] - int((SECONDS - 1) * SPEED * 1e9)
     inside = keys[:, 1] >= first
-    keys, took = keys[inside], took[:, inside]
+    keys, took = keys[inside], took[:, inside].reshape(len(WHEN), TURNS, -1, 2)
+    piece = (keys[:, 1] - first) // int(PIECE * SPEED * 1e9)
     info: dict[str, float] = {"predictions": len(keys)}
     for what, of in (("", 0), ("stamp_", 1)):
-        paired = np.stack([took[:PAIRS, :, of], took[PAIRS:, :, of]], axis=1)
-        for when, x in (("calm", paired[:, 0]), ("load", paired[:, 1])):
+        by = dict(zip(WHEN, took[..., of]))
+        for when, x in by.items():
             info |= dict(zip((f"{what}{when}_p50_ms", f"{what}{when}_p99_ms"), np.quantile(x, (0.5, 0.99))))
-        told = ratio(paired, (keys[:, 1] - first) // int(PIECE * SPEED * 1e9))
-        info |= dict(zip((f"{what}p99_ratio", f"{what}p99_ratio_low", f"{what}p99_ratio_high"), told))
-    info |= {f"{when}_server_cpu": x / (PAIRS * SECONDS) for when, x in cpu.items()}
-    info["load_cpu"] = sum(x["cpu_s"] for x in loads) / (PAIRS * (SECONDS + SETTLE))
-    info |= dict(zip(("get_p50_ms", "get_p99_ms"), np.quantile(np.concatenate([x["took_ms"] for x in loads]), (0.5, 0.99))))
-    info |= {name: sum(x[name] for x in loads) for name in ("messages", "requests")}
+        for high, low in (("load", "calm"), ("plain", "calm"), ("load", "plain")):
+            name = f"{what}{high}_to_{low}"
+            info |= dict(zip((name, f"{name}_low", f"{name}_high"), ratio(np.stack([by[low], by[high]], axis=1), piece)))
+    info |= {f"{when}_server_cpu": x / (TURNS * SECONDS) for when, x in cpu.items()}
+    for when in ("load", "plain"):
+        info[f"{when}_cpu"] = sum(x["cpu_s"] for x in loads[when]) / (TURNS * (SECONDS + SETTLE))
+        took_ms = np.concatenate([x["took_ms"] for x in loads[when]])
+        info |= dict(zip((f"{when}_get_p50_ms", f"{when}_get_p99_ms"), np.quantile(took_ms, (0.5, 0.99))))
+        info |= {f"{when}_{name}": sum(x[name] for x in loads[when]) for name in ("messages", "requests")}
     benchmark.extra_info.update({k: round(float(v), 3) for k, v in info.items()})
     print(json.dumps(benchmark.extra_info))
-    assert not sum(x["failed"] + x["cut"] for x in loads) and all(x["joined"] == CLIENTS for x in loads)
-    assert info["requests"] > 0.9 * PAIRS * SECONDS * RATE and info["messages"] > 5 * CLIENTS * PAIRS * SECONDS
+    for when in ("load", "plain"):
+        assert not sum(x["failed"] + x["cut"] for x in loads[when]) and all(x["joined"] == CLIENTS for x in loads[when])
+        assert info[f"{when}_requests"] > 0.9 * TURNS * SECONDS * RATE and info[f"{when}_messages"] > 5 * CLIENTS * TURNS * SECONDS
