@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from catalog.errors import InputError
 
 SCALE: Final = 1_000_000_000  # prices and sizes are integers in units of 1e-9
+PAUSE_NS: Final = 600 * SCALE  # without any event: the market is shut
 
 EVENT: Final = np.dtype(
     [

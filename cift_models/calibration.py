@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from cift_models.labels import F64, I8, I64
+from cift_models.significance import stretches
 
 BINS: Final = 15
 BLOCKS: Final = 400  # of time, at most
@@ -50,8 +51,7 @@ def worsening(
 
 
 def _blocks(ts: I64, horizon_ns: int) -> I64:
-    width = max(4 * horizon_ns, -(-(int(ts[-1] - ts[0]) + 1) // BLOCKS))
-    return np.unique((ts - ts[0]) // width, return_inverse=True)[1]
+    return stretches(ts, 4 * horizon_ns, BLOCKS)
 
 
 def calibration_error(proba: F64, y: I8, bins: int = BINS) -> float:

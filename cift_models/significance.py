@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from catalog.events import PAUSE_NS
 from cift_models.labels import F64, I64
 
 ALPHA: Final = 0.025  # one-sided: what a 95 % interval leaves on either side
@@ -29,14 +30,22 @@ class MeanTest(NamedTuple):
     stretches: int
 
 
-def stretched(values: F64, ts: I64, width_ns: int, most: int = MOST) -> tuple[F64, F64]:
-    """Sums (T, ...) of `values` (n, ...) over stretches of `width_ns` or longer, T <= `most` + 1, and how many decisions each holds (T,).
+def stretches(ts: I64, width_ns: int, most: int) -> I64:
+    """The stretch of time (n,) that holds each decision, from 0 and without a number left out; `ts` (n,) ascending, n >= 1, ns.
 
-    Stretches without a decision (nights, halts) are left out.
+    They are `width_ns` long, or as long as it takes for `most` + 1 to hold everything. A pause in trading (a night, a weekend) counts for
+    one `width_ns`: by the calendar three days would be three of 200 stretches.
     """
-    width = max(int(width_ns), -(-(int(ts[-1] - ts[0]) + 1) // most))
-    used, group = np.unique((ts - ts[0]) // width, return_inverse=True)
-    start = np.searchsorted(group, np.arange(len(used)))
+    step = np.diff(ts, prepend=ts[:1])
+    time = np.cumsum(np.where(step > PAUSE_NS, np.minimum(step, width_ns), step))
+    width = max(int(width_ns), -(-(int(time[-1]) + 1) // most))
+    return np.unique(time // width, return_inverse=True)[1]
+
+
+def stretched(values: F64, ts: I64, width_ns: int, most: int = MOST) -> tuple[F64, F64]:
+    """Sums (T, ...) of `values` (n, ...) over :func:`stretches`, T <= `most` + 1, and how many decisions each holds (T,)."""
+    group = stretches(ts, width_ns, most)
+    start = np.searchsorted(group, np.arange(int(group[-1]) + 1))
     return np.add.reduceat(values, start, axis=0), np.diff(np.append(start, len(ts))).astype(np.float64)
 
 

@@ -25,10 +25,11 @@ from cift_models.baselines import Baselines
 from cift_models.calibration import calibration
 from cift_models.inference import Engine, Predictions, stream
 from cift_models.labels import F64, I8, I64, LABELS, H, Labeller, Thinned, classify, effective, last_known, macro_f1, pays
-from cift_models.significance import ALPHA, agreement, confidence_set, holm, mean_test
+from cift_models.significance import ALPHA, agreement, confidence_set, holm, mean_test, stretches
 from cift_models.windows import HORIZONS_NS, Block
 
 CAP: Final = 200_000  # decisions that a sample holds
+BLOCKS: Final = 200  # of a bootstrap, at most
 ENOUGH: Final = 100  # effective labels below which a score says "insufficient"
 RESAMPLES: Final = 1_000
 _TINY: Final = 1e-6
@@ -74,18 +75,16 @@ class Interval(NamedTuple):
 def block_bootstrap(values: F64, ts: I64, block_ns: int, seed: int = 0, resamples: int = RESAMPLES, level: float = 0.95) -> Interval:
     """Percentile interval of the mean of `values` (n,): blocks of at least `block_ns`, drawn with replacement.
 
-    Non-overlapping blocks of equal time, 200 at most; NaN where there are fewer than 8.
+    Non-overlapping :func:`significance.stretches`, 201 at most; NaN where there are fewer than 8.
     """
     if len(values) < 2:
         return Interval(float("nan"), float("nan"))
-    span = int(ts[-1] - ts[0]) + 1
-    width = max(block_ns, -(-span // 200))
-    group = (ts - ts[0]) // width
-    used, group = np.unique(group, return_inverse=True)
-    if len(used) < 8:
+    group = stretches(ts, block_ns, BLOCKS)
+    blocks = int(group[-1]) + 1
+    if blocks < 8:
         return Interval(float("nan"), float("nan"))
     total, count = np.bincount(group, weights=values), np.bincount(group)
-    draw = np.random.default_rng(seed).integers(0, len(used), (resamples, len(used)))
+    draw = np.random.default_rng(seed).integers(0, blocks, (resamples, blocks))
     means = total[draw].sum(axis=1) / count[draw].sum(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(low), float(high))

@@ -90,8 +90,8 @@ class Exposure(NamedTuple):
 
 
 def exposure(done: Finished) -> Exposure:
-    """Of the round trips in the currency of the panels, over the time traded."""
-    p, (start, end) = done.positions, done.traded_span
+    """Of the round trips in the currency of the panels, over the time traded, nights left out."""
+    p, (_, end) = done.positions, done.traded_span
     own = np.array([done.facts["instruments"].get(i, {}).get("currency") == done.currency for i in p["instrument"]], bool)
     opened, closed = (np.asarray(p[k], np.int64)[own] for k in ("opened", "closed"))
     size, entry, exit_ = (np.asarray(p[k], np.float64)[own] for k in ("size", "entry", "exit"))
@@ -102,8 +102,8 @@ def exposure(done: Finished) -> Exposure:
     level = np.cumsum(np.concatenate([held, -held])[order])
     level[np.abs(level) < 1e-6 * (held.max() if len(held) else 1.0)] = 0.0
     ts = ts[order]
-    wide = np.diff(np.append(ts, max(end, ts[-1]))) if len(ts) else np.zeros(0)
-    span = max(end - start, 1)
+    wide = np.diff(done.traded_ns(np.append(ts, max(end, ts[-1])))) if len(ts) else np.zeros(0)
+    span = max(float(done.traded_ns(np.array([end]))[0]), 1.0)
     traded = float((size * (entry + exit_) * per).sum())
     capital = ((done.facts["config"] or {}).get("limits") or {}).get("capital")
     times = (closed - opened) / 1e9

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from catalog import rolls
 from catalog.errors import InputError
 from catalog.estimate import estimate as estimated
-from catalog.events import Instrument, read_catalog, trading_state
+from catalog.events import PAUSE_NS, Instrument, read_catalog, trading_state
 from catalog.parquet import iso
 from catalog.progress import Steps
 from catalog.whole import replacing
@@ -33,7 +33,7 @@ from cift_strategies import source as sources
 from cift_strategies.outcome import I64, Outcomes, RunResult, Traded, write_run
 from cift_strategies.risk import Limits
 from cift_strategies.settings import Settings
-from cift_strategies.stream import PAUSE_NS, Span
+from cift_strategies.stream import Span
 
 if TYPE_CHECKING:
     from nautilus_trader.backtest import BacktestResult

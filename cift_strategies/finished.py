@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from catalog.errors import InputError
-from catalog.events import SCALE
+from catalog.events import PAUSE_NS, SCALE
 from cift_models.windows import HORIZONS_NS
 from cift_strategies.execution import Execution
 from cift_strategies.performance import (
@@ -225,6 +225,16 @@ class Finished:
         priced = [ts[ts >= split] for (chart, _), (ts, _) in self.curves.items() if chart == "mid"]
         return min((int(ts[0]) for ts in priced if len(ts)), default=split), int(end)
 
+    def traded_ns(self, ts: I64) -> F:
+        """How long the market had traded at `ts` (n,) since :attr:`traded_span` began, ns: without pauses, nights say. That is where the
+        mids that are kept, some thousands, lie further apart than PAUSE_NS and three times as far as usual."""
+        start, end = self.traded_span
+        priced = [at[(at > start) & (at < end)] for (chart, _), (at, _) in self.curves.items() if chart == "mid"]
+        at = np.unique(np.concatenate([[start, max(start, end)], *priced])).astype(np.int64)
+        step = np.diff(at)
+        pause = step > max(PAUSE_NS, 3 * float(np.median(step))) if len(step) else step > 0
+        return np.asarray(np.interp(ts - start, at - start, np.r_[0, np.cumsum(np.where(pause, 0, step))]))
+
     @cached_property
     def steps(self) -> tuple[str, F]:
         """Name of the clock's step and the equity's change per step."""
@@ -240,14 +250,14 @@ class Finished:
 
     @cached_property
     def regime_seconds(self) -> F:
-        """Seconds spent in each regime, all instruments together; the last entry is the unknown regime. (R + 1,)"""
+        """Seconds of trading spent in each regime, all instruments together; the last entry is the unknown regime. (R + 1,)"""
         start, end = self.traded_span
         r = len(self.facts["regime_names"])
         seconds = np.zeros(r + 1)
         for (chart, _), (ts, regime) in self.curves.items():
             if chart == "regime":
                 bounds = np.clip(np.r_[ts, end], start, max(start, end))
-                np.add.at(seconds, np.clip(regime.astype(np.int64), -1, r - 1), np.diff(bounds) / 1e9)
+                np.add.at(seconds, np.clip(regime.astype(np.int64), -1, r - 1), np.diff(self.traded_ns(bounds)) / 1e9)
         return seconds
 
     @cached_property

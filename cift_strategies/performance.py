@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri, stdtrit
 
+from catalog.events import PAUSE_NS
+
 F = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
@@ -139,14 +141,17 @@ def markouts(path: MidPath, ts: I64, direction: NDArray[np.int8], delays: I64, t
 def block_mean(values: F, ts: I64, blocks: int = 30, level: float = 0.95) -> tuple[F, F, F]:
     """Mean of each column of `values` (n, d) and its interval from `blocks` equal spans of time (batch means, Student's t).
 
-    Overlapping decisions are not independent; whole spans of time nearly are. NaN are left out; fewer than 3 filled spans: interval NaN.
+    Overlapping decisions are not independent; whole spans of time nearly are. Of a time without any, a night say, no more than PAUSE_NS
+    counts. NaN are left out; fewer than 3 filled spans: interval NaN.
     """
     d = values.shape[1]
     mean, half = np.full(d, np.nan), np.full(d, np.nan)
     if not len(ts):
         return mean, mean, mean
-    span = max(int(ts.max() - ts.min()), 1)
-    block = np.minimum((ts - ts.min()) * blocks // (span + 1), blocks - 1)
+    order = np.argsort(ts, kind="stable")
+    time = np.empty(len(ts), np.int64)
+    time[order] = np.cumsum(np.minimum(np.diff(ts[order], prepend=ts[order[:1]]), PAUSE_NS))
+    block = time * blocks // (int(time.max()) + 1)
     for j in range(d):
         ok = np.isfinite(values[:, j])
         n = np.bincount(block[ok], minlength=blocks).astype(float)

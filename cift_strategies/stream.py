@@ -14,11 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from catalog.events import Instrument
+from catalog.events import PAUSE_NS, Instrument
 from catalog.parquet import DELTAS, QUOTES, Part, contents
 
 NEVER: Final = 2**63 - 1
-PAUSE_NS: Final = 600 * 10**9  # without any event: the market is shut
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from catalog.events import PAUSE_NS
+from cift_models.calibration import calibration
 from cift_models.labels import H
-from cift_models.significance import ALPHA, LEAST, agreement, confidence_set, holm, mean_test, stretched
-from cift_models.validate import _gain, adjust, claims
+from cift_models.significance import ALPHA, LEAST, agreement, confidence_set, holm, mean_test, stretched, stretches
+from cift_models.validate import _gain, adjust, block_bootstrap, claims
 from cift_models.windows import HORIZONS_NS, SECOND
 
 
@@ -133,3 +135,23 @@ def test_a_rule_that_knows_more_than_confidence_is_seen_and_one_that_knows_less_
     blind = agreement(proba, np.where(rng.random(n) < 0.3, side, 0).astype(np.int8), move, np.full(n, 0.5), ts, SECOND)
     assert abs(blind["difference"]) < 0.25 and blind["p"] > 0.01
     assert agreement(proba, np.zeros(n, np.int8), move, np.full(n, 0.5), ts, SECOND) == {"cover": 0.0}
+
+
+def test_nights_and_weekends_take_nothing_from_the_tests_of_several_sessions():
+    """By the calendar a blocks' bootstrap of three sessions had three blocks, and no interval."""
+    rng = np.random.default_rng(3)
+    inside = decisions(rng, 9_000)
+    session = np.arange(9_000) // 3_000
+    d = 0.1 + overlapping(rng, inside, SECOND)
+    proba, y = rng.dirichlet((3, 3, 3), 9_000), rng.integers(0, 3, 9_000).astype(np.int8)
+    found = []
+    for night in (PAUSE_NS, 86_400 * SECOND, 3 * 86_400 * SECOND):
+        ts = inside + session * (night + SECOND)
+        group = stretches(ts, SECOND, 200)
+        assert 190 <= group[-1] <= 200 and (np.diff(group) >= 0).all()
+        interval = block_bootstrap(d, ts, 2 * SECOND, 1)
+        assert 0 < interval.low < d.mean() < interval.high
+        models = confidence_set(np.stack([d, d + 1], axis=1), ts, SECOND, ("a", "b"))
+        assert models["included"] == ["a"]
+        found.append((interval, mean_test(d, ts, SECOND), calibration(proba, y, ts, SECOND), group.tolist()))
+    assert found[0] == found[1] == found[2]

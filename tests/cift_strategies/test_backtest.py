@@ -17,7 +17,7 @@ from conftest import EAGER, Small
 from tapes import MS, OPEN, SHARE, Tape, write
 
 from catalog.errors import InputError
-from catalog.events import SCALE, read_catalog
+from catalog.events import PAUSE_NS, SCALE, read_catalog
 from catalog.parquet import iso
 from cift_models import artifacts
 from cift_models.labels import Labeller
@@ -25,7 +25,7 @@ from cift_models.windows import HORIZONS_NS
 from cift_strategies.backtest import RunConfig, estimate, notes, plan, resolve, run, unfinished
 from cift_strategies.outcome import HORIZON_LABELS
 from cift_strategies.settings import Settings
-from cift_strategies.stream import PAUSE_NS, Span
+from cift_strategies.stream import Span
 
 ROOT = Path(__file__).resolve().parents[2]
 

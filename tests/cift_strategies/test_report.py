@@ -22,6 +22,7 @@ import pytest
 from catalog.errors import InputError
 from catalog.events import SCALE, Instrument
 from cift_strategies import report, sections
+from cift_strategies.attribution import exposure
 from cift_strategies.backtest import RunConfig
 from cift_strategies.finished import Finished, instant
 from cift_strategies.outcome import RunResult, Traded
@@ -517,6 +518,17 @@ def test_the_interval_of_a_mean_covers_the_truth_though_decisions_overlap() -> N
     assert np.isnan(block_mean(np.ones((2, 1)), np.array([0, 1]))[1][0])
 
 
+def test_a_night_takes_nothing_from_the_interval_of_a_mean() -> None:
+    values = np.random.default_rng(6).normal(size=(6_000, 1))
+    found = []
+    for night in (600 * 10**9, 86_400 * 10**9):
+        ts = np.arange(6_000) * 10**9 + np.arange(6_000) // 3_000 * night
+        found.append(np.stack(block_mean(values, ts)).tolist())
+        back = np.random.default_rng(7).permutation(6_000)
+        assert np.stack(block_mean(values[back], ts[back])) == pytest.approx(np.array(found[-1]))
+    assert found[0] == found[1] and np.isfinite(found).all()
+
+
 def test_a_thinned_path_keeps_its_ends_and_extremes() -> None:
     ts = np.arange(50_000, dtype=np.int64)
     px = np.cumsum(np.random.default_rng(2).normal(size=50_000))
@@ -542,6 +554,33 @@ def test_the_night_before_the_first_price_is_not_drawn(made: Any, tmp_path: Path
     ts, pnl = done.equity("ensemble")
     assert (ts[0], pnl[0], ts[-1], pnl[-1]) == (T0, 0.0, run.end_ns, run.traded.equity[-1])
     assert done.sharpe[0] == "second"
+
+
+def test_a_night_between_two_sessions_is_no_time_of_trading(made: Any, tmp_path: Path) -> None:
+    run, predictions = made
+    run = replace(run, config={**run.config, "limits": {"capital": 100_000.0}})
+    night, cut = 17 * 3600 * 10**9, (T0 + run.end_ns) // 2
+
+    def later(ts: Any) -> Any:
+        return ts + night * (np.asarray(ts) > cut)
+
+    moved = run.traded.positions
+    for name in ("opened", "closed"):
+        column = pa.array(later(np.asarray(moved[name], np.int64)), moved.schema.field(name).type)
+        moved = moved.set_column(moved.schema.get_field_index(name), moved.schema.field(name), column)
+    mids, regimes = ({k: (later(ts), v) for k, (ts, v) in of.items()} for of in (run.mids, run.regimes))
+    two = replace(run, end_ns=run.end_ns + night, mids=mids, regimes=regimes, traded=replace(run.traded, positions=moved))
+    done = []
+    for name, x in (("one", run), ("two", two)):
+        (tmp_path / name).mkdir()
+        write_run((x, predictions), tmp_path / name)
+        done.append(Finished.read(tmp_path / name))
+    one, other = done
+    assert other.regime_seconds == pytest.approx(one.regime_seconds, rel=0.01)
+    assert one.traded_ns(np.array([T0, run.end_ns])).tolist() == [0.0, run.end_ns - T0]
+    here, there = (exposure(x) for x in done)
+    assert there.in_market == pytest.approx(here.in_market, rel=0.01)
+    assert (there.mean, there.turnover) == pytest.approx((here.mean, here.turnover), rel=0.01)
 
 
 def test_costs_without_fills_have_no_break_even() -> None:
