@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 from catalog.errors import InputError
 from catalog.whole import replacing, sha256
 
-FORMAT: Final = 5
+FORMAT: Final = 6
 KEYS: Final = ("format", "code", "features", "instruments", "horizons_ns", "range", "seed", "members", "latency", "files", "sha256")
 
 

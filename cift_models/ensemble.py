@@ -298,7 +298,7 @@ class Ensemble:
             learned.ring = new
         m = len(closes)
         out = (np.empty((m, H, 3)), np.empty((m, H)), np.empty((m, H)), np.zeros((m, H), np.int8))
-        o, pool = outcomes, self.pool or Pool(np.empty((0, H, 0)), np.empty((0, 3)), np.empty((0, H, 3)))
+        o, pool = outcomes, self.pool or Pool(np.empty((0, H, 0, 2)), np.empty((0, 3)), np.empty((0, H, 3)))
         _decide(
             closes, instrument, mid, np.where(regimes < 0, R, regimes), votes, sizes, o.instrument, o.serial, o.label, o.move, o.at,
             learned.serial, self.threshold, self.confident, self.trust, self.eta, self.needs, self.config.tilt, self.config.share,

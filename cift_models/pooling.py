@@ -2,7 +2,9 @@
 
 Takes votes, outcomes and regimes of decisions that no member was fitted on; gives a :class:`Pool`, and its forecasts for each stretch of
 time when it is fitted on the others. Where members know different things the pool is sharper than each of them, which no mean of
-probabilities can be (Genest and Zidek 1986; Ranjan and Gneiting 2010); its constants calibrate what comes out.
+probabilities can be (Genest and Zidek 1986; Ranjan and Gneiting 2010); its constants calibrate what comes out. A vote says two things,
+whether the price moves and which way, each with a weight of its own: of the first all members know much the same, activity and spread,
+which must not be counted five times; of the second each knows something else.
 """
 
 from __future__ import annotations
@@ -29,24 +31,31 @@ RATES: Final = 100.0  # of class rates, in independent labels: an instrument's a
 
 
 class Pool(NamedTuple):
-    """log P(y) = log rate_y + bias_y + sum over members awake of weight (log p_y - log rate_y), normalised; N members, H horizons."""
+    """log P(y) = log rate_y + bias_y + sum over members awake of (weight_0 still e_y + weight_1 way s_y), normalised.
 
-    weight: F64  # (R + 1, H, N) >= 0, the last row for an unknown regime
+    N members, H horizons. With l_y = log p_y - log rate_y of a member's vote p: still = l_flat - (l_up + l_down) / 2, and way =
+    (l_up - l_down) / 2; e is 1 at flat and else 0, s the sign of y. Were both weights the same, this would be weight times l_y.
+    """
+
+    weight: F64  # (R + 1, H, N, 2) >= 0, the last row for an unknown regime
     bias: F64  # (H, 3)
     rate: F64  # (I, H, 3) class rates of an instrument
 
 
 @njit(cache=True, nogil=True)
 def pooled(votes, weight, bias, rate, out):  # type: ignore[no-untyped-def]
-    """The pool of votes (N, 3), softened, NaN asleep, into `out` (3,); NaN where all are asleep."""
+    """The pool of votes (N, 3), softened, NaN asleep, by weights (N, 2) into `out` (3,); NaN where all are asleep."""
     awake, top, total = False, -np.inf, 0.0
     for y in range(3):
         out[y] = np.log(rate[y]) + bias[y]
     for a in range(len(votes)):
         if votes[a, 0] == votes[a, 0]:
             awake = True
-            for y in range(3):
-                out[y] += weight[a] * (np.log(votes[a, y]) - np.log(rate[y]))
+            down, flat, up = np.log(votes[a, 0] / rate[0]), np.log(votes[a, 1] / rate[1]), np.log(votes[a, 2] / rate[2])
+            way = weight[a, 1] * (up - down) / 2
+            out[0] -= way
+            out[1] += weight[a, 0] * (flat - (up + down) / 2)
+            out[2] += way
     for y in range(3):
         top = max(top, out[y])
     for y in range(3):
@@ -69,7 +78,7 @@ def sharpened(p, rate, out):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def pooled_all(votes, regime, instrument, weight, bias, rate, out):  # type: ignore[no-untyped-def]
-    """:func:`pooled` of one horizon's decisions: votes (n, N, 3), weight (R + 1, N), rate (I, 3), out (n, 3)."""
+    """:func:`pooled` of one horizon's decisions: votes (n, N, 3), weight (R + 1, N, 2), rate (I, 3), out (n, 3)."""
     for i in range(len(votes)):
         pooled(votes[i], weight[regime[i]], bias, rate[instrument[i]], out[i])
 
@@ -124,7 +133,7 @@ def class_rates(y: NDArray[np.int8], instrument: I64, instruments: int, worth: f
 def fit_horizon(
     votes: F64, y: NDArray[np.int8], regime: I64, rate: F64, worth: float, regimes: int, first: F64 | None = None
 ) -> tuple[F64, F64]:
-    """Weights (regimes, N) and constants (3,) of one horizon, by penalised likelihood: the most probable under the beliefs above.
+    """Weights (regimes, N, 2) and constants (3,) of one horizon, by penalised likelihood: the most probable under the beliefs above.
 
     `votes` (n, N, 3) softened, NaN asleep; `y` (n,); `regime` (n,), the last one unknown; `rate` (n, 3). The n labels overlap: together
     they count as `worth` independent ones. A member that is always asleep has weight 0. `first` (N,): shares before any label, > 0;
@@ -132,11 +141,15 @@ def fit_horizon(
     """
     from scipy.optimize import minimize
 
-    tilt = np.nan_to_num(np.log(votes) - np.log(rate)[:, None])
+    lean = np.nan_to_num(np.log(votes) - np.log(rate)[:, None])
+    still, way = lean[..., 1] - (lean[..., 0] + lean[..., 2]) / 2, (lean[..., 2] - lean[..., 0]) / 2
+    none = np.zeros_like(way)
+    tilt = np.concatenate([np.stack([none, still, none], axis=2), np.stack([-way, none, way], axis=2)], axis=1)
     n, members, _ = tilt.shape
     awake = np.isfinite(votes[:, :, 0]).any(axis=0)
-    even = awake * (np.ones(members) if first is None else first)
-    even, scale, at = even / (even.sum() or 1.0), worth / max(1, n), np.arange(n)
+    even = awake * (np.ones(len(awake)) if first is None else first)
+    awake, even = np.tile(awake, 2), np.tile(even / (even.sum() or 1.0), 2)
+    scale, at = worth / max(1, n), np.arange(n)
     base = np.log(rate)
 
     def loss(x: F64) -> tuple[float, F64]:
@@ -158,7 +171,7 @@ def fit_horizon(
     first = np.concatenate([np.tile(even, regimes + 1), np.zeros(3)])
     bounds = [(0.0, None if w else 0.0) for w in np.tile(awake, regimes + 1)] + [(None, None)] * 3
     x = minimize(loss, first, jac=True, method="L-BFGS-B", bounds=bounds).x
-    return x[members:-3].reshape(regimes, members), x[-3:]
+    return np.moveaxis(x[members:-3].reshape(regimes, 2, -1), 1, 2).copy(), x[-3:]
 
 
 def soften(votes: NDArray[Any]) -> F64:
@@ -176,7 +189,7 @@ def fit_pool(
     about it.
     """
     n, members, h_n, _ = votes.shape
-    pool = Pool(np.zeros((regimes, h_n, members)), np.zeros((h_n, 3)), np.full((instruments, h_n, 3), 1 / 3))
+    pool = Pool(np.zeros((regimes, h_n, members, 2)), np.zeros((h_n, 3)), np.full((instruments, h_n, 3), 1 / 3))
     out = np.full((n, h_n, 3), np.nan)
     edges = ts[np.minimum(np.arange(STRETCHES + 1) * n // STRETCHES, n - 1)] if n else np.zeros(STRETCHES + 1, np.int64)
     edges[-1] += 1

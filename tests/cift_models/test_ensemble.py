@@ -47,7 +47,7 @@ def ensemble(n: int = N, eta: float = 1.0, share: float = 1e-3, confident: float
 
 def pool_of(seed: int, n: int = N, instruments: int = 2) -> Pool:
     rng = np.random.default_rng(seed)
-    return Pool(rng.uniform(0, 1, (R + 1, H, n)), 0.1 * rng.normal(size=(H, 3)), rng.dirichlet(np.full(3, 9.0), (instruments, H)))
+    return Pool(rng.uniform(0, 1, (R + 1, H, n, 2)), 0.1 * rng.normal(size=(H, 3)), rng.dirichlet(np.full(3, 9.0), (instruments, H)))
 
 
 def random_votes(rng, m, n=N, sleeping=0.2):

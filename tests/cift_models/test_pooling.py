@@ -24,6 +24,7 @@ from cift_models.pooling import (
 )
 
 N_I, R, H = 2, 3, 2
+STILL, WAY = 0, 1  # what a vote says: whether the price moves, and which way
 
 
 def knowledge(rng, n, strength=1.0):
@@ -55,7 +56,47 @@ def test_two_members_that_know_different_things_are_worth_more_together_than_any
     later = y[2_000:]
     mixtures = [loss(np.tensordot(votes[2_000:], [w, 1 - w, 0], (1, 0)), later).mean() for w in np.linspace(0, 1, 11)]
     assert loss(out, later).mean() < min(mixtures) - 0.02
-    assert (weight[0, :2] > 0.8).all() and weight[0, 2] < 0.15
+    assert (weight[0, :2, WAY] > 0.8).all() and weight[0, 2, WAY] < 0.15
+
+
+def test_what_all_know_counts_once_and_what_each_knows_counts_in_full():
+    """All know whether the price moves, as all see the same activity; which way, each knows a part of its own."""
+    rng = np.random.default_rng(7)
+    n, classes = 20_000, np.array([-1, 0, 1])
+    still, signs = rng.choice([-1.5, 1.5], n), rng.choice([-1.0, 1.0], (3, n))
+
+    def chances(total):
+        odds = 0.6 * np.outer(total, classes) + np.outer(still, classes == 0)
+        return np.exp(odds) / np.exp(odds).sum(axis=1, keepdims=True)
+
+    p = chances(signs.sum(axis=0))
+    y = (p.cumsum(axis=1) < rng.random((n, 1))).sum(axis=1).astype(np.int8)
+    others = (-2, 0, 0, 2)  # what the other two add up to, each as likely
+    votes = np.stack([np.mean([chances(sign + other) for other in others], axis=0) for sign in signs], axis=1)
+    rate, regime = np.full((n, 3), 1 / 3), np.zeros(n, np.int64)
+    half = n // 2
+    weight, bias = fit_horizon(votes[:half], y[:half], regime[:half], rate[:half], half, 1)
+    assert weight[0, :, STILL].sum() == pytest.approx(1, abs=0.2) and (weight[0, :, WAY] > 0.9).all()
+
+    def later(weight):
+        out = np.empty((half, 3))
+        pooled_all(votes[half:], regime[half:], regime[half:], weight, bias, np.full((1, 3), 1 / 3), out)
+        return loss(out, y[half:]).mean()
+
+    assert later(weight) < min(later(np.full((1, 3, 2), w)) for w in np.linspace(0.2, 1.4, 25)) - 0.02
+    assert later(weight) < loss(p[half:], y[half:]).mean() + 0.005, "nearly as good as to know everything"
+
+
+@given(seed=st.integers(0, 10_000))
+def test_with_the_same_weight_for_both_a_vote_counts_as_a_whole(seed):
+    rng = np.random.default_rng(seed)
+    votes, rate = soften(rng.dirichlet(np.ones(3), 4)), rng.dirichlet(np.full(3, 5.0))
+    weight, bias = rng.uniform(0, 2, 4), rng.normal(size=3)
+    votes[seed % 4] = np.nan
+    out = np.empty(3)
+    pooled(votes, np.stack([weight, weight], axis=1), bias, rate, out)
+    z = rate * np.exp(bias + np.nansum(weight[:, None] * np.log(votes / rate), axis=0))
+    assert np.allclose(out, z / z.sum(), rtol=1e-12, atol=0)
 
 
 def test_a_regime_of_its_own_gets_its_own_weights_where_there_are_labels_enough():
@@ -64,7 +105,7 @@ def test_a_regime_of_its_own_gets_its_own_weights_where_there_are_labels_enough(
     regime = rng.integers(0, 2, len(y))
     votes[regime == 1, 0] = rng.dirichlet([8, 8, 8], int((regime == 1).sum()))
     weight, _ = fit_horizon(votes, y, regime, np.full((len(y), 3), 1 / 3), len(y), R)
-    assert weight[0, 0] > weight[1, 0] + 0.4 and abs(weight[0, 1] - weight[1, 1]) < 0.3
+    assert weight[0, 0, WAY] > weight[1, 0, WAY] + 0.4 and abs(weight[0, 1, WAY] - weight[1, 1, WAY]) < 0.4
     few, _ = fit_horizon(votes, y, regime, np.full((len(y), 3), 1 / 3), 2.0, R)
     assert np.ptp(few, axis=0).max() < 0.1 and np.abs(few - 1 / 3).max() < 0.1, "two labels hardly move equal shares"
 
@@ -77,17 +118,17 @@ def test_without_labels_it_is_the_geometric_mean_and_of_one_awake_the_vote_itsel
     votes[:, 1] = np.nan
     y = np.zeros(5, np.int8)
     weight, bias = fit_horizon(votes, y, y.astype(np.int64), np.full((5, 3), 1 / 3), 1e-9, R)
-    assert np.allclose(weight, [0.5, 0, 0.5], atol=1e-4) and np.abs(bias).max() < 1e-4
+    assert np.allclose(weight, [[0.5], [0], [0.5]], atol=1e-4) and np.abs(bias).max() < 1e-4
     told, _ = fit_horizon(votes, y, y.astype(np.int64), np.full((5, 3), 1 / 3), 1e-9, R, np.array([3.0, 1.0, 1.0]))
-    assert np.allclose(told, [0.75, 0, 0.25], atol=1e-4), "shares before any label are those given, of who is awake"
+    assert np.allclose(told, [[0.75], [0], [0.25]], atol=1e-4), "shares before any label are those given, of who is awake"
     out = np.empty(3)
     pooled(votes[0], weight[0], np.zeros(3), np.full(3, 1 / 3), out)
     want = np.sqrt(votes[0, 0] * votes[0, 2])
     assert np.allclose(out, want / want.sum(), atol=1e-4)
     one = np.where(np.arange(3)[:, None] == 2, votes[0], np.nan)
-    pooled(one, np.ones(3), np.zeros(3), np.array([0.5, 0.3, 0.2]), out)
+    pooled(one, np.ones((3, 2)), np.zeros(3), np.array([0.5, 0.3, 0.2]), out)
     assert np.allclose(out, votes[0, 2])
-    pooled(np.full((3, 3), np.nan), np.ones(3), np.zeros(3), np.full(3, 1 / 3), out)
+    pooled(np.full((3, 3), np.nan), np.ones((3, 2)), np.zeros(3), np.full(3, 1 / 3), out)
     assert np.isnan(out).all()
 
 
@@ -104,7 +145,7 @@ def study(seed, n=800, horizon=50):
 def test_a_decision_is_foretold_by_a_pool_that_saw_no_label_that_overlaps_with_its_own():
     args = study(3)
     pool, out = fit_pool(*args, N_I, R)
-    assert pool.weight.shape == (R, H, 3) and pool.rate.shape == (N_I, H, 3) and np.allclose(pool.rate.sum(axis=2), 1)
+    assert pool.weight.shape == (R, H, 3, 2) and pool.rate.shape == (N_I, H, 3) and np.allclose(pool.rate.sum(axis=2), 1)
     assert np.allclose(out[:, 0].sum(axis=1), 1) and np.isnan(out[:, 1]).all()
     other = args[1].copy()
     near = slice(200 - 50, 400 + 50)  # the second stretch, and the labels that overlap with its own

@@ -260,4 +260,4 @@ def test_the_sample_holds_the_labels_of_its_decisions(artifact):  # noqa: F811
 def test_level_one_columns_are_there_on_any_feed():
     assert {"spread", "imbalance_1"} <= set(level1_columns()) <= set(FEATURE_NAMES)
     assert "mid" not in level1_columns()
-    assert artifacts.FORMAT == 5
+    assert artifacts.FORMAT == 6
