@@ -21,9 +21,11 @@ I64 = NDArray[np.int64]
 SOFT: Final = 1e-4  # every vote is mixed with this much of the uniform one, so that no loss is infinite
 STRETCHES: Final = 4  # of time, for forecasts of decisions that the pool was not fitted on
 ROWS: Final = 40_000  # decisions of a horizon that a pool is fitted on
-# beliefs before any label, as precisions: of a weight around equal shares, of a regime's weight around that of all, of a constant around 0
+# beliefs before any label, as precisions: of a weight around equal shares, of a regime's weight around that of all, of a member's two
+# weights around each other, of a constant around 0
 EVEN: Final = 5.0
 ALIKE: Final = 30.0
+WHOLE: Final = 30.0
 PLAIN: Final = 30.0
 SHARP: Final = 1.5  # by how much a pool of careful members, each drawn towards class rates, is made bolder as a forecast of its own
 BOTH: Final = ("mixture", "pool", "sharper pool")  # the forecasts between which the second Hedge chooses
@@ -163,9 +165,10 @@ def fit_horizon(
         p[at, y] -= 1
         g_own = np.zeros((regimes, members))
         np.add.at(g_own, regime, scale * np.einsum("ny,nay->na", p, tilt))
-        apart = own - common
-        value += 0.5 * (EVEN * ((common - even) ** 2).sum() + ALIKE * (apart**2).sum() + PLAIN * (bias**2).sum())
-        g_common = EVEN * (common - even) - ALIKE * apart.sum(axis=0)
+        apart, split = own - common, np.subtract(*common.reshape(2, -1))
+        beliefs = (EVEN, common - even), (ALIKE, apart), (WHOLE, split), (PLAIN, bias)
+        value += 0.5 * sum(belief * (off**2).sum() for belief, off in beliefs)
+        g_common = EVEN * (common - even) - ALIKE * apart.sum(axis=0) + WHOLE * np.concatenate([split, -split])
         return float(value), np.concatenate([g_common, (g_own + ALIKE * apart).ravel(), scale * p.sum(axis=0) + PLAIN * bias])
 
     first = np.concatenate([np.tile(even, regimes + 1), np.zeros(3)])
